@@ -1,0 +1,21 @@
+"""Fused operators for constrained parameters: bounded, positive, simplex."""
+
+from . import _library
+from ._info import build_info
+from ._library import backend
+from .bounded import bounded, bounded_inverse
+from .positive import positive, positive_inverse
+from .simplex import simplex, simplex_inverse
+
+__all__ = [
+    "backend",
+    "bounded",
+    "bounded_inverse",
+    "build_info",
+    "positive",
+    "positive_inverse",
+    "simplex",
+    "simplex_inverse",
+]
+
+_library.set_backend(_library.environment_backend())

@@ -1,0 +1,127 @@
+"""The one place where arguments are checked. Every message names the operator, the argument and the value."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from ._elementwise import next_above
+from ._library import compute_dtype
+
+Bound = float | Tensor
+
+_accepted: set[tuple[float, float, torch.dtype]] = set()
+
+
+def floating(op: str, raw: Any, name: str = "raw") -> None:
+    if not isinstance(raw, Tensor):
+        raise TypeError(f"{op}: {name} must be a Tensor, got {type(raw).__name__}")
+    if raw.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise TypeError(f"{op}: {name} must be float16, bfloat16, float32 or float64, got {raw.dtype}")
+
+
+def scalar_bounds(op: str, raw: Tensor, lower: float, upper: float, name: str = "raw") -> None:
+    """Check raw and two floats between which its dtype must have a number. From the second time on, one look-up."""
+    if is_compiling():  # bounds may be symbols here, for which every comparison is a guard
+        floating(op, raw, name)
+        if not lower < upper:
+            raise ValueError(f"{op}: lower must be less than upper, got lower={lower} and upper={upper}")
+        return
+    try:
+        if (lower, upper, raw.dtype) in _accepted:
+            return
+    except (AttributeError, TypeError):
+        pass  # no tensor, or no number: said below
+    floating(op, raw, name)
+    for argument, value in (("lower", lower), ("upper", upper)):
+        if not isinstance(value, (int, float)):
+            raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(value).__name__}")
+    if not lower < upper:  # a NaN is caught here as well
+        raise ValueError(f"{op}: lower must be less than upper, got lower={lower} and upper={upper}")
+    _check_room(op, raw.dtype, lower, upper)
+    if len(_accepted) >= 4096:  # bounds that change at every call must not grow it for ever
+        _accepted.clear()
+    _accepted.add((lower, upper, raw.dtype))
+
+
+def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None:
+    compute = compute_dtype(dtype)
+    smallest, largest = inside(torch.tensor(lower, dtype=compute), torch.tensor(upper, dtype=compute), dtype)
+    if not smallest <= largest:
+        raise ValueError(f"{op}: {dtype} has no number strictly between lower={lower} and upper={upper}")
+    if math.isinf(torch.tensor(upper - lower, dtype=compute).item()) and math.isfinite(lower) and math.isfinite(upper):
+        raise ValueError(f"{op}: upper - lower overflows {compute}, got lower={lower} and upper={upper}")
+
+
+def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The smallest and the largest number of ``dtype`` strictly between the bounds, in the bounds' dtype."""
+    return next_above(lower, dtype), -next_above(-upper, dtype)
+
+
+def tensor_bounds(op: str, raw: Tensor, lower: Bound, upper: Bound, name: str = "raw") -> tuple[Tensor, Tensor]:
+    """Bounds as the operators take them: raw's shape, its compute dtype, still differentiable."""
+    floating(op, raw, name)
+    return _tensor_bound(op, raw, lower, "lower", name), _tensor_bound(op, raw, upper, "upper", name)
+
+
+def _tensor_bound(op: str, raw: Tensor, bound: Bound, argument: str, name: str) -> Tensor:
+    compute = compute_dtype(raw.dtype)
+    if not isinstance(bound, Tensor):
+        if not isinstance(bound, (int, float)):
+            raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
+        if bound != bound:
+            raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
+        return torch.full((), bound, dtype=compute, device=raw.device).expand(raw.shape)
+    if bound.is_complex() or bound.dtype == torch.bool:
+        raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
+    if bound.device != raw.device:
+        raise ValueError(f"{op}: {argument} is on {bound.device}, {name} on {raw.device}")
+    if not _expands_to(bound.shape, raw.shape):
+        shapes = f"{argument} has shape {tuple(bound.shape)}, {name} {tuple(raw.shape)}"
+        raise ValueError(f"{op}: {argument} must broadcast to the shape of {name}; {shapes}")
+    return bound.to(compute).expand(raw.shape)
+
+
+def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
+    if len(shape) > len(wanted):
+        return False
+    return all(have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False))
+
+
+def dimension(op: str, raw: Tensor, dim: int, name: str = "raw") -> int:
+    """``dim`` as a number that is not negative, along which ``raw`` has at least one element."""
+    rank = max(raw.dim(), 1)
+    if not -rank <= dim < rank:
+        raise IndexError(
+            f"{op}: dim must be from {-rank} to {rank - 1} for {name} of shape {tuple(raw.shape)}, got {dim}"
+        )
+    dim %= rank
+    if raw.dim() and raw.shape[dim] == 0:
+        raise ValueError(f"{op}: {name} needs at least one element along dim {dim}, got shape {tuple(raw.shape)}")
+    return dim
+
+
+def kind(op: str, given: str, known: tuple[str, ...]) -> None:
+    if given not in known:
+        raise ValueError(f"{op}: kind must be {' or '.join(map(repr, known))}, got {given!r}")
+
+
+def inverse_bounds(op: str, x: Tensor, lower: Bound, upper: Bound) -> tuple[Tensor, Tensor]:
+    """Check the arguments of an inverse as those of its transform; return the bounds as tensors."""
+    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
+        scalar_bounds(op, x, lower, upper, "x")
+    return tensor_bounds(op, x, lower, upper, "x")
+
+
+def into(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """``x`` moved strictly between the bounds if it is on one or a rounding error beyond, NaN if further outside."""
+    finite = [torch.where(bound.isinf(), 0.0, bound.abs()) for bound in (lower, upper)]
+    slack = torch.finfo(x.dtype).eps * torch.maximum(*finite)
+    y = x.to(lower.dtype)
+    outside = (y < lower - slack) | (y > upper + slack)
+    smallest, largest = inside(lower, upper, x.dtype)
+    return torch.where(outside, math.nan, y.clamp(smallest, largest))

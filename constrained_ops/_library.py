@@ -1,0 +1,305 @@
+"""The registered operators: schemas, fakes, batching rules, and which implementation runs.
+
+Nothing here computes. Schemas and fakes are Python, so that the Triton kernels and the reference work with no
+compiled library at all. The first of these that is there implements an operator:
+
+======================  ====================================================
+device                  implementation
+======================  ====================================================
+CPU                     the compiled library ``_C``, else the reference
+CUDA (ROCm included)    the compiled library ``_C_cuda``, else Triton
+XPU                     Triton
+any other               the reference, which is plain PyTorch
+======================  ====================================================
+
+What the operators may rely on, because the public functions see to it:
+
+- ``grad_*`` and ``along_*`` have raw's shape and dtype, with strides of their own; ``None`` stands for zeros.
+- Tensor bounds have raw's shape (expanded views included) and its :func:`compute_dtype`, as do their gradients.
+- Results have the layout of ``torch.empty_like(raw)``. A result whose bit in ``needed`` is 0 is an empty tensor.
+- ``dim`` is not negative; a 0-dim raw counts as one row of one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
+from importlib.machinery import EXTENSION_SUFFIXES
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NAMESPACE = "constrained_ops"
+BACKENDS = ("cuda", "triton", "cpu", "reference")
+
+_SCALAR = "Tensor raw, float lower, float upper"
+_TENSOR = "Tensor raw, Tensor lower, Tensor upper"
+_GRADS = "Tensor? grad_x, Tensor? grad_log_det"
+
+# kernel -> (arguments, number of results)
+ELEMENTWISE = {
+    "forward": (_SCALAR, 1),
+    "forward_log_det": (_SCALAR, 2),
+    "backward": (f"{_GRADS}, {_SCALAR}", 1),
+    "double_backward": (f"Tensor along_raw, {_GRADS}, {_SCALAR}, int needed", 3),
+    "forward.tensor": (_TENSOR, 1),
+    "forward_log_det.tensor": (_TENSOR, 2),
+    "backward.tensor": (f"{_GRADS}, {_TENSOR}, int needed", 3),
+    "double_backward.tensor": (
+        f"Tensor? along_raw, Tensor? along_lower, Tensor? along_upper, {_GRADS}, {_TENSOR}, int needed",
+        5,
+    ),
+}
+ROWWISE = {
+    "forward": ("Tensor raw, int dim", 1),
+    "backward": ("Tensor grad_x, Tensor raw, int dim", 1),
+    "double_backward": ("Tensor along_raw, Tensor grad_x, Tensor raw, int dim, int needed", 2),
+}
+TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE}
+
+_library = torch.library.Library(NAMESPACE, "DEF")
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which formulas for ``dtype`` are computed: float32 for the 16-bit ones."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+class Kernels:
+    """The implementations in force of one transform's kernels, as attributes: ``forward``, ``forward_tensor``, ...
+
+    ``reference`` holds the same names, always in plain PyTorch: differentiable to any order, and open to compilers.
+    """
+
+    reference: Kernels
+
+    def __init__(self, functions: dict[str, Callable[..., Any]] | None = None) -> None:
+        self.bind(functions or {})
+
+    def bind(self, functions: dict[str, Callable[..., Any]]) -> None:
+        for kernel, function in functions.items():
+            setattr(self, kernel.replace(".", "_"), function)
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        raise AttributeError(f"no kernel {name!r}")
+
+
+_kernels: dict[str, Kernels] = {}
+_references: dict[str, dict[str, Callable[..., Any]]] = {}
+
+
+def define(transform: str, reference: dict[str, Callable[..., Any]]) -> Kernels:
+    """Register the kernels of ``transform`` with their plain PyTorch implementations; return them bound."""
+    for kernel, (arguments, results) in TRANSFORMS[transform].items():
+        name = f"{transform}_{kernel}"
+        returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
+        _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
+        operator = overload(transform, kernel)
+        fake = _fake(operator, kernel, results)
+        _library.impl(operator, _with_layout(reference[kernel], fake), "CompositeExplicitAutograd")
+        torch.library.register_fake(operator, fake, lib=_library)
+        torch.library.register_vmap(operator, _batching_rule(operator), lib=_library)
+    _references[transform] = reference
+    kernels = _kernels[transform] = Kernels()
+    kernels.reference = Kernels(reference)
+    if has_triton:
+        _register_triton(transform)
+    _bind(transform, _backend)
+    return kernels
+
+
+def overload(transform: str, kernel: str) -> torch._ops.OpOverload:
+    """The registered operator of a kernel, say ``torch.ops.constrained_ops.bounded_forward.tensor``."""
+    name, _, variant = kernel.partition(".")
+    packet = getattr(getattr(torch.ops, NAMESPACE), f"{transform}_{name}")
+    return getattr(packet, variant or "default")
+
+
+def _argument_positions(operator: torch._ops.OpOverload) -> dict[str, int]:
+    return {argument.name: position for position, argument in enumerate(operator._schema.arguments)}
+
+
+def _fake(operator: torch._ops.OpOverload, kernel: str, results: int) -> Callable[..., Any]:
+    positions = _argument_positions(operator)
+    raw_at, needed_at = positions["raw"], positions.get("needed")
+    first_bound = results - 2 if kernel in ("backward.tensor", "double_backward.tensor") else results
+
+    def fake(*args: Any) -> Any:
+        raw = args[raw_at]
+        needed = -1 if needed_at is None else args[needed_at]
+        outputs = []
+        for i in range(results):
+            dtype = raw.dtype if i < first_bound else compute_dtype(raw.dtype)
+            wanted = needed >> i & 1
+            outputs.append(torch.empty_like(raw, dtype=dtype) if wanted else raw.new_empty(0, dtype=dtype))
+        return outputs[0] if results == 1 else tuple(outputs)
+
+    return fake
+
+
+def _with_layout(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Let plain PyTorch fill results of the promised layout: a sum's strides follow all its operands, not raw's."""
+
+    def operator(*args: Any) -> Any:
+        outputs, results = fake(*args), function(*args)
+        for output, result in zip(_as_tuple(outputs), _as_tuple(results), strict=True):
+            if output.numel():
+                output.copy_(result)
+        return outputs
+
+    return operator
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
+    """One more leading dimension is no news to an elementwise kernel, and shifts ``dim`` by one in a rowwise one."""
+    positions = _argument_positions(operator)
+    raw_at, dim_at = positions["raw"], positions.get("dim")
+
+    def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        raw, raw_dim = args[raw_at], in_dims[raw_at]
+        row_shape = raw.shape if raw_dim is None else raw.movedim(raw_dim, 0).shape[1:]
+        moved = list(args)
+        for i, (argument, in_dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(argument, Tensor):
+                front = argument if in_dim is None else argument.movedim(in_dim, 0)
+                moved[i] = front.expand(info.batch_size, *row_shape)
+        if dim_at is not None:
+            if not row_shape:  # a batch of 0-dim rows: give the rows their dimension
+                moved = [m.unsqueeze(-1) if isinstance(m, Tensor) else m for m in moved]
+            moved[dim_at] += 1
+        results = operator(*moved)
+        if dim_at is not None and not row_shape:
+            results = results.squeeze(-1) if isinstance(results, Tensor) else tuple(r.squeeze(-1) for r in results)
+        return results, 0 if isinstance(results, Tensor) else tuple(0 if r.numel() else None for r in results)
+
+    return batched
+
+
+# --- Which implementation runs -------------------------------------------------------------------------------------
+
+_folder = Path(__file__).parent
+_backend: str | None = None  # None: by device, as in the table above
+
+
+def _find_library(stem: str) -> Path | None:
+    """The compiled library of that name beside this file; an editable install finds it there too."""
+    for suffix in [*EXTENSION_SUFFIXES, ".so", ".dylib", ".dll"]:
+        if (path := _folder / f"{stem}{suffix}").exists():
+            return path
+    return None
+
+
+def _load(stem: str) -> bool:
+    """Load a compiled library. Absent means fall back; present and unloadable is an error, never a silent fallback."""
+    path = _find_library(stem)
+    if path is not None:
+        torch.ops.load_library(str(path))
+    return path is not None
+
+
+has_cpu_library = _load("_C")
+has_cuda_library = torch.version.cuda is not None and _load("_C_cuda")
+has_triton = find_spec("triton") is not None
+
+
+def _triton(transform: str, kernel: str) -> Callable[..., Any]:
+    """The Triton twin of a kernel, imported when it first runs."""
+
+    def launch(*args: Any) -> Any:
+        return import_module(f"{__package__}.triton").KERNELS[transform][kernel](*args)
+
+    return launch
+
+
+def _register_triton(transform: str) -> None:
+    keys = ["XPU"] if has_cuda_library else ["CUDA", "XPU"]
+    for kernel in TRANSFORMS[transform]:
+        for key in keys:
+            _library.impl(overload(transform, kernel), _triton(transform, kernel), key)
+
+
+def _only_on(device: str, transform: str, kernel: str) -> Callable[..., Any]:
+    operator = overload(transform, kernel)
+    raw_at = _argument_positions(operator)["raw"]
+
+    def guarded(*args: Any) -> Any:
+        if (found := args[raw_at].device.type) != device:
+            raise RuntimeError(f"{operator}: backend {device!r} was asked for, but raw is on {found!r}")
+        return operator(*args)
+
+    return guarded
+
+
+def _implementation(backend: str | None, transform: str, kernel: str) -> Callable[..., Any]:
+    if backend is None:
+        return overload(transform, kernel)._op  # the dispatcher, past OpOverload's Python frame
+    if backend == "reference":
+        return _references[transform][kernel]
+    if backend == "triton":
+        return _triton(transform, kernel)
+    return _only_on(backend, transform, kernel)
+
+
+def _bind(transform: str, backend: str | None) -> None:
+    _kernels[transform].bind({kernel: _implementation(backend, transform, kernel) for kernel in TRANSFORMS[transform]})
+
+
+def set_backend(backend: str | None) -> None:
+    """Choose the implementation for the whole process; ``None`` chooses by device."""
+    global _backend
+    if backend is not None and backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    available = {"cpu": has_cpu_library, "cuda": has_cuda_library, "triton": has_triton}
+    if not available.get(backend or "", True):
+        missing = {"cpu": "library _C", "cuda": "library _C_cuda", "triton": "package triton"}[backend or ""]
+        raise RuntimeError(f"backend {backend!r} is not available here: the {missing} is missing")
+    _backend = backend
+    for transform in _kernels:
+        _bind(transform, backend)
+
+
+def environment_backend() -> str | None:
+    return os.environ.get("CONSTRAINED_OPS_BACKEND") or None
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run the operators on one implementation, whatever the device would choose.
+
+    For tests, benchmarks and the search for a fault. It holds for the whole process, backward passes included, and
+    not inside what ``torch.compile`` has compiled. The environment variable ``CONSTRAINED_OPS_BACKEND`` does the same
+    from the start.
+
+    Args:
+        name: "cuda", "triton", "cpu" or "reference".
+
+    Raises:
+        ValueError: if there is no backend of that name.
+        RuntimeError: if it is not available here, or when an operator meets a tensor on another device.
+    """
+    before = _backend
+    set_backend(name)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def backend_of(device: str) -> str:
+    """Which backend serves tensors on ``device``, a device type such as "cpu"."""
+    if _backend is not None:
+        return _backend
+    if device == "cpu" and has_cpu_library:
+        return "cpu"
+    if device == "cuda" and has_cuda_library:
+        return "cuda"
+    return "triton" if device in ("cuda", "xpu") and has_triton else "reference"

@@ -1,0 +1,179 @@
+"""The transform onto the simplex: softmax along one dimension.
+
+With <v> = sum_i x_i v_i (``csrc/math/simplex.h`` has the numerics):
+
+    x_i = exp(raw_i) / sum_j exp(raw_j)
+    grad_raw_i = x_i (g_i - <g>)
+    second order, along a:  for g: x_i (a_i - <a>);  for raw: x_i (c_i - <c>) with c = (a - <a>) (g - <g>)
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+
+from . import _checks, _library
+from ._autograd import applier, bits, implementation, needs_graph, only
+from ._elementwise import next_above
+from ._library import compute_dtype
+
+KINDS = ("softmax",)
+
+
+# --- Reference -----------------------------------------------------------------------------------------------------
+
+
+def _softmax(raw: Tensor, dim: int) -> Tensor:
+    return torch.softmax(raw.to(compute_dtype(raw.dtype)), dim)
+
+
+def _shifted(v: Tensor, raw: Tensor, dim: int) -> Tensor:
+    """v less its value at the row's largest x, so that the mean keeps its digits when one x is nearly 1."""
+    v = v.to(compute_dtype(raw.dtype))
+    if raw.dim() == 0:
+        return v - v
+    return v - v.gather(dim, raw.argmax(dim, keepdim=True))
+
+
+def _centered(x: Tensor, v: Tensor, dim: int) -> Tensor:
+    return v - (x * v).sum(dim, keepdim=True) if x.dim() else v - v
+
+
+def _forward(raw: Tensor, dim: int) -> Tensor:
+    smallest = next_above(torch.zeros((), dtype=compute_dtype(raw.dtype), device=raw.device), raw.dtype)
+    x = _softmax(raw, dim)
+    return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(raw.dtype)
+
+
+def _backward(grad_x: Tensor, raw: Tensor, dim: int) -> Tensor:
+    x = _softmax(raw, dim)
+    return (x * _centered(x, _shifted(grad_x, raw, dim), dim)).to(raw.dtype)
+
+
+def _double_backward(
+    along_raw: Tensor, grad_x: Tensor, raw: Tensor, dim: int, needed: int = 3
+) -> tuple[Tensor, Tensor]:
+    x = _softmax(raw, dim)
+    along, g = (_centered(x, _shifted(v, raw, dim), dim) for v in (along_raw, grad_x))
+    return (x * along).to(raw.dtype), (x * _centered(x, along * g, dim)).to(raw.dtype)
+
+
+_kernels = _library.define("simplex", {"forward": _forward, "backward": _backward, "double_backward": _double_backward})
+
+
+# --- Autograd ------------------------------------------------------------------------------------------------------
+
+
+def _softmax_jvp(ctx: Any, raw_t: Tensor, _: None) -> Tensor:
+    (raw,) = ctx.saved_tensors
+    return _backward(raw_t, raw, ctx.dim)  # the Jacobian of softmax is symmetric
+
+
+class Softmax(Function):
+    """raw -> x. Saves raw, and never x."""
+
+    @staticmethod
+    def forward(raw: Tensor, dim: int) -> Tensor:
+        return implementation(_kernels).forward(raw, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        raw, ctx.dim = inputs
+        ctx.save_for_backward(raw)
+        ctx.save_for_forward(raw)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor) -> Any:
+        (raw,) = ctx.saved_tensors
+        compute = _softmax_backward if needs_graph() else SoftmaxBackward.forward
+        return compute(grad_x, raw, ctx.dim), None
+
+
+def _softmax_backward_jvp(ctx: Any, grad_x_t: Tensor | None, raw_t: Tensor | None, _: None) -> Tensor:
+    grad_x, raw = ctx.saved_tensors
+    by_grad = torch.zeros_like(raw) if grad_x_t is None else _backward(grad_x_t, raw, ctx.dim)
+    return by_grad if raw_t is None else by_grad + _double_backward(raw_t, grad_x, raw, ctx.dim)[1]
+
+
+class SoftmaxBackward(Function):
+    """(grad_x, raw) -> grad_raw."""
+
+    @staticmethod
+    def forward(grad_x: Tensor, raw: Tensor, dim: int) -> Tensor:
+        return implementation(_kernels).backward(grad_x, raw, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        *tensors, ctx.dim = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, along_raw: Tensor) -> Any:
+        wanted = ctx.needs_input_grad[:2]
+        kernels = _kernels.reference if torch.is_grad_enabled() else _kernels
+        return *only(wanted, kernels.double_backward(along_raw, *ctx.saved_tensors, ctx.dim, bits(wanted))), None
+
+
+_softmax_transform = applier(Softmax, _softmax_jvp)
+_softmax_backward = applier(SoftmaxBackward, _softmax_backward_jvp)
+
+
+# --- Public --------------------------------------------------------------------------------------------------------
+
+
+def simplex(raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: bool = False) -> Tensor:
+    """Map ``raw`` to the simplex along ``dim``: positive numbers that sum to 1.
+
+    In place of ``torch.softmax(raw, dim)``: keeps raw and not the result for backward, differentiates twice in one
+    kernel each, and never gives an exact 0 for a finite raw (an infinitely negative one gives 0: a mask).
+
+    Args:
+        raw: any shape with at least one element along ``dim``; float16, bfloat16, float32 or float64.
+        dim: the dimension that sums to 1.
+        kind: "softmax", from K numbers to K.
+        return_log_det: must be false for "softmax", which maps K numbers to a set of K - 1 dimensions.
+
+    Returns:
+        x: shape, dtype and layout of raw.
+
+    Raises:
+        TypeError: raw is not a floating-point tensor.
+        IndexError: dim is out of range.
+        ValueError: no elements along dim, an unknown kind, or a log-det that does not exist.
+    """
+    _checks.kind("simplex", kind, KINDS)
+    if return_log_det:
+        raise ValueError(
+            'simplex: kind "softmax" has no Jacobian determinant, since it maps K numbers onto K - 1 dimensions; '
+            'the bijective kind "ilr", which has one, is not part of this version'
+        )
+    _checks.floating("simplex", raw)
+    return _softmax_transform(raw, _checks.dimension("simplex", raw, dim))
+
+
+def simplex_inverse(x: Tensor, dim: int = -1, *, kind: str = "softmax") -> Tensor:
+    """A raw that :func:`simplex` maps to ``x``: its logarithm, one of many, since softmax forgets a constant.
+
+    A coordinate that is 0, or negative by a rounding error, gives the smallest finite logarithm of the dtype; one
+    further below 0 or further above 1 gives NaN. Plain PyTorch, differentiable to any order.
+
+    Args:
+        x: any shape; float16, bfloat16, float32 or float64.
+        dim, kind: as for :func:`simplex`.
+
+    Returns:
+        raw: shape and dtype of x.
+    """
+    _checks.kind("simplex_inverse", kind, KINDS)
+    _checks.floating("simplex_inverse", x, "x")
+    _checks.dimension("simplex_inverse", x, dim, "x")
+    compute = compute_dtype(x.dtype)
+    slack = torch.finfo(x.dtype).eps
+    y = x.to(compute)
+    smallest = next_above(y.new_zeros(()), x.dtype)
+    outside = (y < -slack) | (y > 1 + slack)
+    return torch.where(outside, torch.nan, torch.maximum(y, smallest).clamp(max=1.0).log()).to(x.dtype)

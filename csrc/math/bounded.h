@@ -1,0 +1,154 @@
+// raw -> an open interval, a half-line or the line. With e = exp(-|raw|), s = sigmoid(raw), w = upper - lower:
+//
+//   both bounds   x = lower + w s           dx = w s (1 - s)    d2x = -w s (1 - s) tanh(raw / 2)
+//   lower only    x = lower + softplus(raw)   dx = s            d2x = s (1 - s)
+//   upper only    x = upper - softplus(-raw)  dx = 1 - s        d2x = -s (1 - s)
+//   neither       x = raw                     dx = 1            d2x = 0
+//
+// All is written in e, which neither overflows nor cancels, and x as a distance from the nearer bound.
+#pragma once
+
+#include "elementwise.h"
+
+namespace constrained_ops {
+
+// What the maps share at one raw. `near` = e / (1 + e) is the smaller of s and 1 - s, `far` the larger.
+template <typename T>
+struct Sigmoid {
+  T raw, magnitude, e;
+  T near, far;   // far = 1 - near = 1 / (1 + e)
+  T correction;  // near + far * correction is e / (1 + e) to half a unit more
+  T slope;       // s (1 - s)
+  T tanh_half;   // tanh(raw / 2)
+  T log1p_e;
+  bool upper_half;  // raw >= 0
+
+  CO_HD static Sigmoid at(T raw) {
+    const T magnitude = magnitude_of(raw);
+    const Exp<T> exponential = exp_nonpositive(-magnitude);
+    const T e = exponential.exp;
+    const T sum = T(1) + e, sum_error = e - (sum - T(1));
+    const T near = e / sum, far = T(1) - near;
+    // What rounding took from sum and quotient, to first order.
+    const T remainder = CO_HAS_FMA ? fused_multiply_add(-near, sum, e) : T(0);
+    const T correction = remainder - near * sum_error;
+    const T tanh_magnitude = -exponential.expm1 * far;
+    const bool upper_half = raw >= T(0);
+    return {raw,           magnitude,  e,          near,
+            far,           correction, near * far, upper_half ? tanh_magnitude : -tanh_magnitude,
+            log1p_unit(e), upper_half};
+  }
+
+  CO_HD T sigmoid() const { return upper_half ? far : near; }
+  CO_HD T one_minus_sigmoid() const { return upper_half ? near : far; }
+  CO_HD T softplus() const { return (upper_half ? raw : T(0)) + log1p_e; }         // log(1 + exp(raw))
+  CO_HD T softplus_minus() const { return (upper_half ? T(0) : -raw) + log1p_e; }  // log(1 + exp(-raw))
+};
+
+struct Interval {
+  template <typename T>
+  CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
+    const T distance = b.width * s.near + b.width * s.far * s.correction;
+    Point<T> p;
+    p.x = s.upper_half ? b.upper - distance : b.lower + distance;
+    p.x_raw = b.width * s.slope;
+    p.x_raw_raw = -b.width * s.slope * s.tanh_half;
+    p.x_lower = s.one_minus_sigmoid();
+    p.x_upper = s.sigmoid();
+    p.x_raw_width = s.slope;
+    p.log_det = (b.log_width - s.magnitude) - T(2) * s.log1p_e;
+    p.log_det_raw = -s.tanh_half;
+    p.log_det_raw_raw = T(-2) * s.slope;
+    p.log_det_width = b.inverse_width;
+    p.log_det_width_width = -b.inverse_width * b.inverse_width;
+    return p;
+  }
+
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    return from(Sigmoid<T>::at(raw), b);
+  }
+};
+
+struct LowerOnly {
+  template <typename T>
+  CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
+    Point<T> p{};
+    p.x = b.lower + s.softplus();
+    p.x_raw = s.sigmoid();
+    p.x_raw_raw = s.slope;
+    p.x_lower = T(1);
+    p.log_det = -s.softplus_minus();
+    p.log_det_raw = s.one_minus_sigmoid();
+    p.log_det_raw_raw = -s.slope;
+    return p;
+  }
+
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    return from(Sigmoid<T>::at(raw), b);
+  }
+};
+
+struct UpperOnly {
+  template <typename T>
+  CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
+    Point<T> p{};
+    p.x = b.upper - s.softplus_minus();
+    p.x_raw = s.one_minus_sigmoid();
+    p.x_raw_raw = -s.slope;
+    p.x_upper = T(1);
+    p.log_det = -s.softplus();
+    p.log_det_raw = -s.sigmoid();
+    p.log_det_raw_raw = -s.slope;
+    return p;
+  }
+
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    return from(Sigmoid<T>::at(raw), b);
+  }
+};
+
+struct Unbounded {
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>&) {
+    Point<T> p{};
+    p.x = raw;
+    p.x_raw = T(1);
+    return p;
+  }
+};
+
+// Bounds that differ from element to element choose the map by which of them are finite. A NaN bound makes NaN.
+struct ByElement {
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    const Sigmoid<T> s = Sigmoid<T>::at(raw);
+    const bool no_lower = b.lower == -std::numeric_limits<T>::infinity();
+    const bool no_upper = b.upper == std::numeric_limits<T>::infinity();
+    const Point<T> with_lower = choose(no_upper, LowerOnly::from(s, b), Interval::from(s, b));
+    const Point<T> without_lower = choose(no_upper, Unbounded::at(raw, b), UpperOnly::from(s, b));
+    return choose(no_lower, without_lower, with_lower);
+  }
+
+ private:
+  template <typename T>
+  CO_HD static Point<T> choose(bool condition, const Point<T>& yes, const Point<T>& no) {
+    Point<T> p;
+    p.x = condition ? yes.x : no.x;
+    p.x_raw = condition ? yes.x_raw : no.x_raw;
+    p.x_raw_raw = condition ? yes.x_raw_raw : no.x_raw_raw;
+    p.x_lower = condition ? yes.x_lower : no.x_lower;
+    p.x_upper = condition ? yes.x_upper : no.x_upper;
+    p.x_raw_width = condition ? yes.x_raw_width : no.x_raw_width;
+    p.log_det = condition ? yes.log_det : no.log_det;
+    p.log_det_raw = condition ? yes.log_det_raw : no.log_det_raw;
+    p.log_det_raw_raw = condition ? yes.log_det_raw_raw : no.log_det_raw_raw;
+    p.log_det_width = condition ? yes.log_det_width : no.log_det_width;
+    p.log_det_width_width = condition ? yes.log_det_width_width : no.log_det_width_width;
+    return p;
+  }
+};
+
+}  // namespace constrained_ops

@@ -1,0 +1,24 @@
+// raw -> (lower, infinity) by the exponential: x = lower + exp(raw), every derivative exp(raw), log-det raw.
+// The softplus kind is bounded.h with the lower bound alone.
+#pragma once
+
+#include "elementwise.h"
+
+namespace constrained_ops {
+
+struct Exponential {
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    const T value = exp(raw);
+    Point<T> p{};
+    p.x = b.lower + value;
+    p.x_raw = value;
+    p.x_raw_raw = value;
+    p.x_lower = T(1);
+    p.log_det = raw;
+    p.log_det_raw = T(1);
+    return p;
+  }
+};
+
+}  // namespace constrained_ops

@@ -1,0 +1,177 @@
+// What every operator's outer layer needs of tensors, CPU and CUDA alike: checks, results of the promised layout, and
+// the layouts that kernels understand. Kernels themselves see only the plain structs below.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <array>
+#include <cstdint>
+#include <optional>
+
+#include "operands.h"
+
+namespace constrained_ops {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline ScalarType compute_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+inline Dtype storage_dtype(const char* op, const Tensor& raw) {
+  switch (raw.scalar_type()) {
+    case ScalarType::Half:
+      return Dtype::half;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    default:
+      STD_TORCH_CHECK(false, op, ": raw must be float16, bfloat16, float32 or float64");
+  }
+}
+
+// The contract of constrained_ops/_library.py, for callers of the operators themselves.
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype) {
+  const auto sizes = t.sizes(), expected = raw.sizes();
+  STD_TORCH_CHECK(sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()), op, ": ",
+                  name, " must have the shape of raw");
+  STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
+  STD_TORCH_CHECK(t.is_cpu() == raw.is_cpu() && t.get_device_index() == raw.get_device_index(), op, ": ", name,
+                  " must be on the device of raw");
+}
+
+// Dimensions of more than one element, the one with the largest stride first.
+struct StrideOrder {
+  std::array<int, max_rank> dims;
+  int count = 0;
+
+  StrideOrder(const char* op, const Tensor& t) {
+    const auto sizes = t.sizes(), strides = t.strides();
+    STD_TORCH_CHECK(sizes.size() <= max_rank, op, ": more than ", max_rank, " dimensions");
+    for (size_t d = 0; d < sizes.size(); ++d)
+      if (sizes[d] != 1) dims[count++] = static_cast<int>(d);
+    std::stable_sort(dims.begin(), dims.begin() + count, [&](int a, int b) { return strides[a] > strides[b]; });
+  }
+};
+
+// Whether the elements fill one stretch of memory, in whatever order of dimensions.
+inline bool is_dense(const char* op, const Tensor& t) {
+  if (t.is_contiguous()) return true;
+  const StrideOrder order(op, t);
+  int64_t expected = 1;
+  for (int i = order.count; i-- > 0;) {
+    if (t.stride(order.dims[i]) != expected) return false;
+    expected *= t.size(order.dims[i]);
+  }
+  return true;
+}
+
+inline bool same_strides(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
+  for (size_t d = 0; d < sizes.size(); ++d)
+    if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
+  return true;
+}
+
+inline Tensor empty_strided(const Tensor& shape_of, const Tensor& device_of, ScalarType dtype) {
+  const auto sizes = shape_of.sizes(), strides = shape_of.strides();
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               device_of.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+// Results: the layout of torch.empty_like(raw), or empty where they are not wanted.
+class Results {
+ public:
+  Results(const char* op, const Tensor& raw)
+      : raw_(raw), dense_(is_dense(op, raw)), like_(dense_ ? raw : torch::stable::empty_like(raw)) {}
+
+  bool dense() const { return dense_; }
+  const Tensor& like() const { return like_; }
+  Tensor make(bool wanted = true) const { return make(wanted, raw_.scalar_type()); }
+  Tensor make(bool wanted, ScalarType dtype) const {
+    return wanted ? empty_strided(like_, raw_, dtype) : torch::stable::new_empty(raw_, {0}, dtype);
+  }
+
+ private:
+  const Tensor& raw_;
+  bool dense_;
+  Tensor like_;
+};
+
+// Strides of all operands over common dimensions, in the order in which the results lie in memory, neighbours merged
+// wherever every operand walks them in one stride.
+template <int capacity>
+ElementwiseLayout<capacity> elementwise_layout(const char* op, const Results& results,
+                                               const std::array<const Tensor*, capacity>& operands, int count) {
+  ElementwiseLayout<capacity> layout;
+  layout.rank = 0;
+  const Tensor& like = results.like();
+  layout.numel = like.numel();
+  bool linear = results.dense();
+  for (int i = 0; i < count && linear; ++i) linear = !operands[i] || same_strides(*operands[i], like);
+  if (linear) {
+    layout.rank = 1;
+    layout.sizes[0] = layout.numel;
+    for (int i = 0; i < count; ++i) layout.strides[i][0] = operands[i] ? 1 : 0;
+    return layout;
+  }
+  const StrideOrder order(op, like);
+  for (int o = 0; o < order.count; ++o) {
+    const int dim = order.dims[o];
+    const int64_t size = like.size(dim);
+    std::array<int64_t, capacity> strides{};
+    for (int i = 0; i < count; ++i) strides[i] = operands[i] ? operands[i]->stride(dim) : 0;
+    const int last = layout.rank - 1;
+    bool merge = layout.rank > 0;
+    for (int i = 0; i < count && merge; ++i) merge = layout.strides[i][last] == strides[i] * size;
+    const int at = merge ? last : layout.rank++;
+    layout.sizes[at] = (merge ? layout.sizes[at] : 1) * size;
+    for (int i = 0; i < count; ++i) layout.strides[i][at] = strides[i];
+  }
+  if (layout.rank == 0) {  // one element
+    layout.rank = 1;
+    layout.sizes[0] = 1;
+  }
+  return layout;
+}
+
+// A dense tensor of any stride order is [outer, length, inner] in memory.
+inline RowLayout row_layout(const char* op, const Tensor& dense, int64_t dim) {
+  RowLayout layout{1, 1, 1};
+  if (dense.dim() == 0) return layout;
+  STD_TORCH_CHECK(dim >= 0 && dim < dense.dim(), op, ": dim is out of range");
+  layout.length = dense.size(dim);
+  const StrideOrder order(op, dense);
+  bool outside = layout.length != 1;
+  for (int o = 0; o < order.count; ++o) {
+    const int d = order.dims[o];
+    if (d == dim)
+      outside = false;
+    else
+      (outside ? layout.outer : layout.inner) *= dense.size(d);
+  }
+  return layout;
+}
+
+// t in the layout of `like`, copied only if it has another.
+inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+  if (same_strides(t, like)) return t;
+  Tensor copy = empty_strided(like, t, t.scalar_type());
+  torch::stable::copy_(copy, t);
+  return copy;
+}
+
+}  // namespace constrained_ops
