@@ -1,0 +1,170 @@
+// The threads behind include/cuda_runtime.h as fibers that take turns on the calling thread: quick, the same in every
+// run, and a barrier that not all come to shows at once. threads.cpp does the same with real threads, for sanitizers.
+#include <ucontext.h>
+
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "include/cuda_runtime.h"
+
+constinit thread_local dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+namespace {
+
+constexpr int warp_size = 32, max_threads = 1024;
+constexpr size_t stack_bytes = 128 * 1024;
+
+// Those who wait for each other. Counts rounds; a round is over when all have come.
+struct Barrier {
+  int expected = 0, arrived = 0;
+  unsigned round = 0;
+
+  void reset(int threads) { *this = {threads, 0, 0}; }
+};
+
+struct Fiber {
+  ucontext_t context;
+  std::unique_ptr<char[]> stack;
+  const Barrier* waits_at;
+  unsigned round;  // ... for the end of this round
+  const char* what;
+  bool done;
+  int shuffles;
+
+  bool ready() const { return !done && (waits_at == nullptr || waits_at->round != round); }
+};
+
+struct Device {
+  std::mutex in_use;
+  std::vector<Fiber> fibers = std::vector<Fiber>(max_threads);
+  Barrier block, warps[max_threads / warp_size];
+  uint64_t slots[2][max_threads];
+  std::unique_ptr<unsigned char[]> shared;
+  const std::function<void()>* kernel;
+  ucontext_t scheduler;
+  std::string failure;
+  unsigned blocks_run = 0;
+};
+
+Device& device() {
+  static Device instance;
+  return instance;
+}
+
+Fiber& self() { return device().fibers[threadIdx.x]; }
+
+struct Stopped {};  // unwinds a fiber that waits for one that failed
+
+void yield() {
+  Fiber& fiber = self();
+  swapcontext(&fiber.context, &device().scheduler);
+  if (!device().failure.empty()) throw Stopped{};
+}
+
+void wait(Barrier& barrier, const char* what) {
+  Fiber& fiber = self();
+  fiber.waits_at = &barrier;
+  fiber.round = barrier.round;
+  fiber.what = what;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.round;
+  }
+  yield();
+  fiber.waits_at = nullptr;
+}
+
+void fail(const std::string& what) {
+  if (device().failure.empty()) device().failure = what;
+}
+
+void fiber_main() {
+  try {
+    (*device().kernel)();
+  } catch (const Stopped&) {
+  } catch (const std::exception& error) {
+    fail(error.what());
+  }
+  self().done = true;
+  swapcontext(&self().context, &device().scheduler);
+}
+
+void resume(int thread) {
+  threadIdx = dim3(thread);
+  swapcontext(&device().scheduler, &device().fibers[thread].context);
+}
+
+void run_block(int threads) {
+  Device& d = device();
+  d.block.reset(threads);
+  for (int w = 0; w < threads / warp_size; ++w) d.warps[w].reset(warp_size);
+  for (int t = 0; t < threads; ++t) {
+    Fiber& fiber = d.fibers[t];
+    if (!fiber.stack) fiber.stack = std::make_unique<char[]>(stack_bytes);
+    getcontext(&fiber.context);
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = stack_bytes;
+    fiber.context.uc_link = nullptr;
+    makecontext(&fiber.context, fiber_main, 0);
+    fiber.waits_at = nullptr;
+    fiber.done = false;
+    fiber.shuffles = 0;
+  }
+  // Up and down in turns, and another way first in the next block: a missing barrier shows in one order or the other.
+  for (bool progress = true, backwards = d.blocks_run++ % 2 != 0; progress; backwards = !backwards) {
+    progress = false;
+    for (int i = 0; i < threads; ++i) {
+      const int t = backwards ? threads - 1 - i : i;
+      if (!d.fibers[t].ready() && (d.failure.empty() || d.fibers[t].done)) continue;
+      resume(t);
+      progress = true;
+    }
+    for (int t = 0; t < threads && !progress && d.failure.empty(); ++t) {
+      if (d.fibers[t].done) continue;
+      fail("thread " + std::to_string(t) + " waits at a " + d.fibers[t].what + " that not all come to");
+      progress = true;  // once more, to unwind
+    }
+  }
+}
+
+}  // namespace
+
+unsigned char* shared_memory() { return device().shared.get(); }
+
+void sync_block() { wait(device().block, "__syncthreads"); }
+
+uint64_t exchange(unsigned mask, uint64_t value, int source, int width) {
+  if (mask != 0xffffffffu) throw std::logic_error("a warp operation leaves out lanes that take part in it");
+  if (width < 1 || width > warp_size || (width & (width - 1)) != 0)
+    throw std::logic_error("shuffle of impossible width");
+  // A lane writes a slot again only after all have come to the next exchange, and so read it: two sets are enough.
+  uint64_t* const slots = device().slots[self().shuffles++ % 2] + threadIdx.x / warp_size * warp_size;
+  slots[lane()] = value;
+  wait(device().warps[threadIdx.x / warp_size], "warp operation");
+  const bool reachable = source >= 0 && source < warp_size && source / width <= lane() / width;
+  return slots[reachable ? source : lane()];
+}
+
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+  Device& d = device();
+  const std::lock_guard<std::mutex> lock(d.in_use);
+  d.kernel = &kernel;
+  d.failure.clear();
+  d.shared = std::make_unique<unsigned char[]>(shared_bytes);
+  blockDim = block;
+  gridDim = grid;
+  for (unsigned b = 0; b < grid.x && d.failure.empty(); ++b) {
+    blockIdx = dim3(b);
+    std::memset(d.shared.get(), 0xff, shared_bytes);
+    run_block(static_cast<int>(block.x));
+  }
+  d.shared.reset();
+  if (!d.failure.empty()) throw std::runtime_error("emulated kernel: " + d.failure);
+}
+
+}  // namespace emulation
