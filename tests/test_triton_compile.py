@@ -1,0 +1,135 @@
+"""The Triton kernels compiled ahead of time for GPUs that are not here, without spilling or approximate instructions.
+
+Triton's driver gives way to one that compiles for a GPU and launches nothing, so that the launchers themselves choose
+what is compiled. That takes a process in which Triton does not interpret: this file run as a script.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+
+import constrained_ops  # noqa: F401  (defines the operators)
+from constrained_ops._library import TRANSFORMS, compute_dtype
+
+TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
+EVERYTHING_IN = {"sm_80": torch.float32, "sm_90": torch.bfloat16, "gfx942": torch.float64}
+INF = math.inf
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_without_spilling_or_approximations(target: str) -> None:
+    pytest.importorskip("triton", reason="Triton exists for Linux only")
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    command = [sys.executable, __file__, target]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    kernels = [json.loads(line) for line in done.stdout.splitlines()]
+    names = {"elementwise_kernel", *(f"softmax_{kernel}_kernel" for kernel in TRANSFORMS["simplex"])}
+    assert {kernel["name"] for kernel in kernels} == names
+    assert not [kernel for kernel in kernels if kernel["approximations"]]
+    # Reductions may drop NaN, because the sums beside them do not.
+    assert not [kernel for kernel in kernels if kernel["without_nan"] and kernel["name"] == "elementwise_kernel"]
+    # ptxas may park a number of 8 bytes on the stack to get by with a register less per thread.
+    allowed = 8 if target.startswith("sm") else 0
+    assert not [kernel for kernel in kernels if kernel["stack"] > allowed]
+
+
+def every_launch(dtype: torch.dtype, everything: bool) -> None:
+    """Call the kernels so that their launchers make every choice they have. The tensors are never read."""
+    from constrained_ops.triton import KERNELS, launch
+    from constrained_ops.triton import simplex as rowwise
+
+    bounded, exponential, simplex = (KERNELS[transform] for transform in ("bounded", "exponential", "simplex"))
+    raw, bound = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=compute_dtype(dtype))
+    row = bound[:1].expand(64, 64)
+    bounded["forward"](raw, 0.0, 1.0)
+    bounded["double_backward.tensor"](raw, bound, bound, raw, raw, raw, row, bound, 31)
+    exponential["double_backward"](raw, raw, raw, raw, 0.0, INF, 7)
+    simplex["double_backward"](raw, raw, raw, 1, 3)
+    if not everything:
+        return
+    for bounds in ((0.0, 1.0), (0.0, INF), (-INF, 0.0), (-INF, INF)):
+        bounded["forward_log_det"](raw, *bounds)
+        bounded["backward"](raw, None, raw, *bounds)
+        bounded["backward"](raw, raw, raw, *bounds)
+        bounded["double_backward"](raw, raw, raw, raw, *bounds, 7)
+    bounded["forward"](raw[0, :5], 0.0, 1.0)  # masked element by element
+    bounded["forward.tensor"](raw[:, ::2], row[:, ::2], bound[0, 0].expand(64, 32))  # strided and uniform operands
+    bounded["forward_log_det.tensor"](raw, bound, bound)
+    bounded["backward.tensor"](raw, raw, raw, bound, bound, 7)
+    with (
+        patch.object(launch, "NARROW", 1),
+        patch.object(rowwise, "NARROW", 1),
+    ):  # as for tensors of more than 2^31 elements
+        bounded["forward.tensor"](raw[:, ::2], row[:, ::2], bound[:, ::2])
+        simplex["backward"](raw, raw, 1)
+    exponential["forward_log_det"](raw, 0.0, INF)
+    exponential["backward"](raw, raw, raw, 0.0, INF)
+    exponential["forward_log_det.tensor"](raw, row, row)
+    exponential["backward.tensor"](raw, raw, raw, row, row, 7)
+    exponential["double_backward.tensor"](raw, bound, bound, raw, raw, raw, bound, bound, 31)
+    for shape in ((64, 5), (64, 1024), (2, 16384), (2, 16, 64), (2, 1024, 64)):
+        raw = torch.empty(shape, dtype=dtype)
+        simplex["forward"](raw, 1)
+        simplex["backward"](raw, raw, 1)
+        simplex["double_backward"](raw, raw, raw, 1, 2)
+
+
+def compile_for(target: str) -> None:
+    """Print a line of JSON for each kernel."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    class Utilities:
+        get_device_properties = staticmethod(lambda device: {"max_shared_mem": 48 * 1024})
+        load_binary = staticmethod(lambda name, binary, shared, device: (0, 0, 0, 0, 1024))
+        unload_module = staticmethod(lambda module: None)
+
+    class Driver:
+        utils = Utilities
+        get_current_device = staticmethod(lambda: 0)
+        get_current_stream = staticmethod(lambda device: 0)
+        get_current_target = staticmethod(lambda: GPUTarget(*TARGETS[target]))
+        launcher_cls = staticmethod(lambda source, metadata: lambda *args: None)
+
+    def report(metadata: dict[str, Any], metadata_group: dict[str, str], **_: Any) -> None:
+        paths = {Path(path).suffix: Path(path) for path in metadata_group.values()}
+        if ".cubin" in paths:
+            command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", paths[".cubin"]]
+            usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            stack = re.findall(r"(?:STACK|LOCAL):(\d+)", usage)
+            approximations = re.findall(r"(?:ex2|lg2|rcp|div)\.(?:approx|full)", paths[".ptx"].read_text())
+        else:
+            assembly = paths[".amdgcn"].read_text()
+            stack = re.findall(r"private_segment_fixed_size: *(\d+)", assembly)
+            approximations = re.findall(r"v_(?:exp|log)_f32", assembly)
+        assert stack, "the compiler's figures have another form"
+        kernel = {
+            "name": metadata["name"],
+            "stack": sum(map(int, stack)),
+            "approximations": approximations,
+            "without_nan": re.findall(r"arith\.(?:min|max)numf", paths[".ttir"].read_text()),
+        }
+        print(json.dumps(kernel), flush=True)
+
+    triton.knobs.compilation.listener = report
+    driver.set_active(Driver())
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        every_launch(dtype, everything=dtype == EVERYTHING_IN[target])
+
+
+if __name__ == "__main__":
+    compile_for(sys.argv[1])
