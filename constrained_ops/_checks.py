@@ -50,6 +50,9 @@ def scalar_bounds(op: str, raw: Tensor, lower: float, upper: float, name: str = 
 
 def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None:
     compute = compute_dtype(dtype)
+    for argument, bound in (("lower", lower), ("upper", upper)):
+        if math.isfinite(bound) and abs(bound) > torch.finfo(compute).max:
+            raise ValueError(f"{op}: {argument} overflows {compute}, got lower={lower} and upper={upper}")
     smallest, largest = inside(torch.tensor(lower, dtype=compute), torch.tensor(upper, dtype=compute), dtype)
     if not smallest <= largest:
         raise ValueError(f"{op}: {dtype} has no number strictly between lower={lower} and upper={upper}")

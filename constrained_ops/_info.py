@@ -10,6 +10,13 @@ import torch
 from . import _library
 
 
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:  # on the path, but not installed
+        return "unknown"
+
+
 def build_info() -> dict[str, Any]:
     """Facts about this installation.
 
@@ -32,13 +39,13 @@ def build_info() -> dict[str, Any]:
         build, simd = compiled.build, compiled.simd()
     cuda = {"nvcc": build["cuda"], "architectures": build["cuda_architectures"]} if build.get("cuda") else None
     return {
-        "version": metadata.version("constrained_ops"),
+        "version": _version("constrained_ops"),
         "torch": torch.__version__,
         "built_with": {"torch": build["torch"], "compiler": build["compiler"]} if build else None,
         "simd": simd,
         "cuda": cuda,
         "cuda_left_out": build.get("cuda_left_out") or None,
-        "triton": metadata.version("triton") if _library.has_triton else None,
+        "triton": _version("triton") if _library.has_triton else None,
         "backends": {device: _library.backend_of(device) for device in ("cpu", "cuda", "xpu", "mps")},
         "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
     }

@@ -24,6 +24,8 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from importlib import import_module
 from importlib.machinery import EXTENSION_SUFFIXES
@@ -186,7 +188,7 @@ def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
 
 # --- Which implementation runs -------------------------------------------------------------------------------------
 
-_folder = Path(__file__).parent
+_folder = Path(__file__).resolve().parent
 _backend: str | None = None  # None: by device, as in the table above
 
 
@@ -198,6 +200,19 @@ def _find_library(stem: str) -> Path | None:
     return None
 
 
+def _warn_if_shadowed() -> None:
+    """A clone in the working directory hides an installed package, and only that one may have been compiled."""
+    for entry in sys.path:
+        other = Path(entry).resolve() / _folder.name
+        if other != _folder and any(other.glob("_C.*")):
+            warnings.warn(
+                f"constrained_ops was imported from {_folder}, which has no compiled library; the installed one in "
+                f"{other} does. Run from another directory, or install the clone with `pip install -e .`",
+                stacklevel=2,
+            )
+            return
+
+
 def _load(stem: str) -> bool:
     """Load a compiled library. Absent means fall back; present and unloadable is an error, never a silent fallback."""
     path = _find_library(stem)
@@ -207,6 +222,8 @@ def _load(stem: str) -> bool:
 
 
 has_cpu_library = _load("_C")
+if not has_cpu_library:
+    _warn_if_shadowed()
 has_cuda_library = torch.version.cuda is not None and _load("_C_cuda")
 has_triton = find_spec("triton") is not None
 

@@ -220,10 +220,15 @@ def bounded(raw: Tensor, lower: Bound, upper: Bound, *, return_log_det: bool = F
 
     Source: the constraint of Stan's "lower and upper bounded scalar" (Stan Reference Manual, Constraint Transforms).
     """
+    return transform("bounded", raw, lower, upper, return_log_det)
+
+
+def transform(op: str, raw: Tensor, lower: Bound, upper: Bound, return_log_det: bool) -> Any:
+    """:func:`bounded` in the name of ``op``."""
     if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        lower, upper = _checks.tensor_bounds("bounded", raw, lower, upper)
+        lower, upper = _checks.tensor_bounds(op, raw, lower, upper)
         return _elementwise.tensor_transform(raw, lower, upper, _kernels, return_log_det)
-    _checks.scalar_bounds("bounded", raw, lower, upper)
+    _checks.scalar_bounds(op, raw, lower, upper)
     return _elementwise.transform(raw, lower, upper, _kernels, return_log_det)
 
 
@@ -240,16 +245,28 @@ def bounded_inverse(x: Tensor, lower: Bound, upper: Bound) -> Tensor:
     Returns:
         raw: shape and dtype of x.
     """
-    lower, upper = _checks.inverse_bounds("bounded_inverse", x, lower, upper)
+    return inverse("bounded_inverse", x, lower, upper)
+
+
+def inverse(op: str, x: Tensor, lower: Bound, upper: Bound) -> Tensor:
+    """:func:`bounded_inverse` in the name of ``op``."""
+    lower, upper = _checks.inverse_bounds(op, x, lower, upper)
     no_lower, no_upper = lower == -math.inf, upper == math.inf
     y = _checks.into(x, lower, upper)
     # Each map sees bounds that it can use; where() drops what the others make of them.
     from_lower, to_upper = y - torch.where(no_lower, 0.0, lower), torch.where(no_upper, 0.0, upper) - y
-    both = from_lower.log() - to_upper.log()
+    both = _log_ratio(from_lower, to_upper)
     lower_only, upper_only = _softplus_inverse(from_lower), -_softplus_inverse(to_upper)
     with_lower = torch.where(no_upper, lower_only, both)
     raw = torch.where(no_lower, torch.where(no_upper, y, upper_only), with_lower)
     return raw.to(x.dtype)
+
+
+def _log_ratio(a: Tensor, b: Tensor) -> Tensor:
+    """log(a / b), where one logarithm keeps more digits than the difference of two, and also where a / b underflows."""
+    ratio = a / b
+    held = (ratio >= torch.finfo(ratio.dtype).tiny) & ratio.isfinite()
+    return torch.where(held, torch.where(held, ratio, 1.0).log(), a.log() - b.log())
 
 
 def _softplus_inverse(y: Tensor) -> Tensor:

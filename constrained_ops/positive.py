@@ -19,7 +19,7 @@ from torch import Tensor
 from . import _checks, _elementwise, _library
 from ._checks import Bound
 from ._elementwise import Point
-from .bounded import bounded, bounded_inverse
+from .bounded import inverse, transform
 
 KINDS = ("softplus", "exp")
 
@@ -79,7 +79,7 @@ def positive(
             finite lower bound.
     """
     if kind == "softplus":
-        return bounded(raw, lower, math.inf, return_log_det=return_log_det)  # type: ignore[call-overload]
+        return transform("positive", raw, lower, math.inf, return_log_det)
     _checks.kind("positive", kind, KINDS)
     if isinstance(lower, Tensor):
         lower, upper = _checks.tensor_bounds("positive", raw, lower, math.inf)
@@ -103,7 +103,7 @@ def positive_inverse(x: Tensor, lower: Bound = 0.0, *, kind: str = "softplus") -
         raw: shape and dtype of x.
     """
     if kind == "softplus":
-        return bounded_inverse(x, lower, math.inf)
+        return inverse("positive_inverse", x, lower, math.inf)
     _checks.kind("positive_inverse", kind, KINDS)
     lower_t, upper_t = _checks.inverse_bounds("positive_inverse", x, lower, math.inf)
     return torch.log(_checks.into(x, lower_t, upper_t) - lower_t).to(x.dtype)

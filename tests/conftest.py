@@ -33,6 +33,10 @@ def triton_interpreter() -> Iterator[None]:
         yield
 
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # several processes with a thread pool each get in each other's way
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

@@ -31,7 +31,7 @@ using RowLoop = void (*)(const RowCall& call, int64_t begin, int64_t end);
 constexpr int64_t sum_block = 1024;  // longer sums are added up block by block, to keep their digits
 
 struct RowUnits {
-  static constexpr int64_t lanes = 64, short_row = 16;
+  static constexpr int64_t lanes = 64, short_row = 64;
   bool tiles;
   int64_t per_outer, count;
 

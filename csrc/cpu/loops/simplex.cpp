@@ -6,6 +6,7 @@
 
 #include "simplex_columns.h"
 #include "simplex_rows.h"
+#include "transpose.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -47,42 +48,9 @@ struct DoubleBackwardRows {
   }
 };
 
-// Rows that follow each other in memory into the columns of a tile, and back. A length known to the compiler turns the
-// strided access into shuffles.
-template <int known, typename Storage, typename T>
-void load_tile(const Storage* rows, T* tile, int64_t n, int64_t length) {
-  const int64_t step = known ? known : length;
-#pragma GCC ivdep
-  for (int64_t l = 0; l < n; ++l)
-    for (int64_t k = 0; k < step; ++k) tile[k * max_lanes + l] = to_compute(rows[l * step + k]);
-}
-
-template <int known, typename Storage, typename T>
-void store_tile(const T* tile, Storage* rows, int64_t n, int64_t length) {
-  const int64_t step = known ? known : length;
-#pragma GCC ivdep
-  for (int64_t l = 0; l < n; ++l)
-    for (int64_t k = 0; k < step; ++k) rows[l * step + k] = to_storage<Storage>(tile[k * max_lanes + l]);
-}
-
-template <typename Storage>
-struct Transpose {
-  using T = compute_t<Storage>;
-  void (*load)(const Storage*, T*, int64_t, int64_t);
-  void (*store)(const T*, Storage*, int64_t, int64_t);
-
-  explicit Transpose(int64_t length) : load(load_tile<0, Storage, T>), store(store_tile<0, Storage, T>) {
-    if (length == 2) load = load_tile<2, Storage, T>, store = store_tile<2, Storage, T>;
-    if (length == 3) load = load_tile<3, Storage, T>, store = store_tile<3, Storage, T>;
-    if (length == 4) load = load_tile<4, Storage, T>, store = store_tile<4, Storage, T>;
-    if (length == 8) load = load_tile<8, Storage, T>, store = store_tile<8, Storage, T>;
-  }
-};
-
 // Rows [begin, begin + n) of [outer, length, inner] as a tile of [length][max_lanes] of the compute type.
 template <typename Rows, typename Storage>
-void run_tile(const RowCall& call, int64_t begin, int64_t n, compute_t<Storage>* tiles,
-              const Transpose<Storage>& transpose) {
+void run_tile(const RowCall& call, int64_t begin, int64_t n, compute_t<Storage>* tiles) {
   using T = compute_t<Storage>;
   const auto [outer, length, inner] = call.layout;
   const int64_t tile_size = length * max_lanes;
@@ -93,7 +61,7 @@ void run_tile(const RowCall& call, int64_t begin, int64_t n, compute_t<Storage>*
     const Storage* from = static_cast<const Storage*>(call.inputs[i]);
     in[i] = tiles;
     if (inner == 1) {
-      transpose.load(from + base[0], tiles, n, length);
+      rows_and_tile(from + base[0], tiles, length, max_lanes, n, true);
       continue;
     }
     for (int64_t k = 0; k < length; ++k)
@@ -106,7 +74,7 @@ void run_tile(const RowCall& call, int64_t begin, int64_t n, compute_t<Storage>*
     if (!out[i]) continue;
     Storage* to = static_cast<Storage*>(call.outputs[i]);
     if (inner == 1) {
-      transpose.store(out[i], to + base[0], n, length);
+      rows_and_tile(out[i], to + base[0], length, max_lanes, n, false);
       continue;
     }
     for (int64_t k = 0; k < length; ++k)
@@ -122,10 +90,9 @@ void run(const RowCall& call, int64_t begin, int64_t end) {
   const RowUnits units(call.layout);
   if (units.tiles) {
     const auto tiles = std::make_unique<T[]>((Rows::inputs + Rows::outputs + 1) * length * max_lanes);
-    const Transpose<Storage> transpose(length);
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t first = unit * max_lanes;
-      run_tile<Rows, Storage>(call, first, std::min(max_lanes, outer * inner - first), tiles.get(), transpose);
+      run_tile<Rows, Storage>(call, first, std::min(max_lanes, outer * inner - first), tiles.get());
     }
     return;
   }

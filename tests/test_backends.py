@@ -1,0 +1,214 @@
+"""The pin: every operator, on every backend, in every dtype and layout, against the reference in float64.
+
+CPU, CUDA (emulated where there is no GPU), Triton (interpreted there) and the reference in the dtype itself take the
+same operands, so that none can drift from the others. Depth is elsewhere: test_accuracy, test_triton, test_emulation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+
+import constrained_ops  # noqa: F401  (defines the operators)
+from constrained_ops import _library
+from constrained_ops._library import TRANSFORMS, compute_dtype
+
+INF = math.inf
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+BACKENDS = ["reference", "cpu", "cuda", "triton"]
+
+
+def triton_kernel(transform: str, kernel: str) -> Callable[..., Any]:
+    from constrained_ops.triton import KERNELS
+
+    return KERNELS[transform][kernel]
+
+
+def interpreted_triton(transform: str, kernel: str) -> Callable[..., Any]:
+    return triton_kernel(transform, kernel)
+
+
+@pytest.fixture(params=BACKENDS)
+def kernels(request: pytest.FixtureRequest) -> tuple[Callable[[str, str], Callable[..., Any]], str]:
+    """(transform, kernel) -> implementation, and the device that it runs on."""
+    backend = request.param
+    if backend == "reference":
+        return lambda transform, kernel: _library._references[transform][kernel], "cpu"
+    if backend == "cpu":
+        assert _library.has_cpu_library, "the compiled library is missing"
+        return _library.overload, "cpu"
+    if backend == "triton":
+        request.getfixturevalue("triton_interpreter")
+        return interpreted_triton if DEVICE == "cpu" else triton_kernel, DEVICE
+    if _library.has_cuda_library and torch.cuda.is_available():
+        return _library.overload, "cuda"
+    import emulation
+
+    emulated = emulation.load()
+    return lambda transform, kernel: emulated[transform][kernel], "cpu"
+
+
+# Layouts: how a tensor of some shape lies in memory.
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t.contiguous()
+
+
+def transposed(t: Tensor) -> Tensor:
+    return t.transpose(0, -1).contiguous().transpose(0, -1)
+
+
+def sliced(t: Tensor) -> Tensor:
+    spacious = torch.zeros(*t.shape[:-1], 2 * t.shape[-1] + 1, dtype=t.dtype)
+    spacious[..., 1::2] = t
+    return spacious[..., 1::2]
+
+
+def expanded(t: Tensor) -> Tensor:
+    return t[:1].expand(t.shape)
+
+
+def unaligned(t: Tensor) -> Tensor:
+    spacious = torch.zeros(t.numel() + 1, dtype=t.dtype)
+    spacious[1:] = t.flatten()
+    return spacious[1:].view(t.shape)
+
+
+LAYOUTS = [contiguous, transposed, sliced, expanded, unaligned]
+BOUNDS = {
+    "both": (-1.0, 2.5),
+    "lower": (-0.5, INF),
+    "upper": (-INF, 3.0),
+    "neither": (-INF, INF),
+}
+
+
+def check(transform: str, kernel: str, implementation: Callable[..., Any], device: str, *args: Any) -> None:
+    """Results as the reference's in float64, up to the rounding of what is summed, in raw's shape."""
+    operator = _library.overload(transform, kernel)
+    names = [argument.name for argument in operator._schema.arguments]
+    raw = args[names.index("raw")]
+    needed = args[names.index("needed")] if "needed" in names else -1
+    got = implementation(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+    want = _library._references[transform][kernel](*(arg.double() if isinstance(arg, Tensor) else arg for arg in args))
+    got, want = (value if isinstance(value, tuple) else (value,) for value in (got, want))
+    assert len(got) == len(want) == len(operator._schema.returns)
+    for i, (result, expected) in enumerate(zip(got, want, strict=True)):
+        if not needed >> i & 1:
+            continue
+        assert result.shape == raw.shape
+        expected = expected.to(result.dtype).double()  # what the dtype can hold, overflow included
+        finite = expected.isfinite()
+        assert torch.equal(result.cpu().double()[~finite].nan_to_num(), expected[~finite].nan_to_num())
+        # Sums of terms of either sign: a few units of the largest, and what the result's own dtype rounds.
+        eps, stored = torch.finfo(compute_dtype(raw.dtype)).eps, torch.finfo(result.dtype).eps
+        largest = max(1.0, *(expected[finite].abs().tolist() or [0.0]))
+        tolerance = 16 * eps * largest + stored * expected[finite].abs()
+        assert ((result.cpu().double() - expected)[finite].abs() <= tolerance).all(), f"{operator}, result {i}"
+
+
+def operands(
+    shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor], count: int
+) -> list[Tensor]:
+    return [layout(torch.randn(shape).mul(2).to(dtype)) for _ in range(count)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("transform", ["bounded", "exponential"])
+def test_elementwise_operators_agree(kernels: Any, transform: str, layout: Any, dtype: torch.dtype) -> None:
+    of, device = kernels
+    shape = (5, 3, 37)
+    raw, along, grad_x, grad_log_det, other = operands(shape, dtype, layout, 5)
+    plain = contiguous(grad_x)  # strides unlike raw's
+    # In the interpreter a call takes a hundred times as long; test_triton goes through all of them once.
+    interpreted = of is interpreted_triton
+    for lower, upper in (
+        list(BOUNDS.values())[: 1 if interpreted else None] if transform == "bounded" else [(-0.5, INF)]
+    ):
+        for kernel in ("forward", "forward_log_det"):
+            check(transform, kernel, of(transform, kernel), device, raw, lower, upper)
+        backward, double_backward = of(transform, "backward"), of(transform, "double_backward")
+        for grads in ((plain, grad_log_det), (grad_x, None), (None, grad_log_det))[: 1 if interpreted else None]:
+            check(transform, "backward", backward, device, *grads, raw, lower, upper)
+            check(transform, "double_backward", double_backward, device, along, *grads, raw, lower, upper, 7)
+    for lower_t, upper_t in tensor_bounds(shape, dtype)[: 1 if interpreted else None]:
+        if transform == "exponential":
+            lower_t = lower_t.clamp(min=-2.0)  # there is nothing below a lower bound of -inf
+        for kernel in ("forward.tensor", "forward_log_det.tensor"):
+            check(transform, kernel, of(transform, kernel), device, raw, lower_t, upper_t)
+        backward, double_backward = of(transform, "backward.tensor"), of(transform, "double_backward.tensor")
+        for grads, needed in (((grad_x, None), 7), ((plain, grad_log_det), 7), ((grad_x, grad_log_det), 2)):
+            check(transform, "backward.tensor", backward, device, *grads, raw, lower_t, upper_t, needed)
+        for alongs, needed in (((along, other, plain), 31), ((None, other, None), 21)):
+            args = (*alongs, grad_x, grad_log_det, raw, lower_t, upper_t, needed)
+            check(transform, "double_backward.tensor", double_backward, device, *args)
+
+
+def tensor_bounds(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """Per element with all four kinds, one pair for all, and one per column; numbers that every dtype holds."""
+    compute = compute_dtype(dtype)
+    lower = torch.randint(-16, 0, shape).to(compute) / 8
+    upper = torch.randint(1, 16, shape).to(compute) / 4
+    mixed = torch.where(torch.rand(shape) < 0.3, -INF, lower), torch.where(torch.rand(shape) < 0.3, INF, upper)
+    column = lower[:1, :1].expand(shape), upper[:, :1, :1].expand(shape)
+    return [mixed, (lower, upper), (lower[:1, :1, :1].expand(shape), upper[:1, :1, :1].expand(shape)), column]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+def test_simplex_operators_agree(kernels: Any, shape: tuple[int, ...], layout: Any, dtype: torch.dtype) -> None:
+    of, device = kernels
+    raw, along, grad_x = operands(shape, dtype, layout, 3)
+    plain = contiguous(grad_x)
+    for dim in range(3):
+        check("simplex", "forward", of("simplex", "forward"), device, raw, dim)
+        check("simplex", "backward", of("simplex", "backward"), device, plain, raw, dim)
+        check("simplex", "double_backward", of("simplex", "double_backward"), device, along, grad_x, raw, dim, 3)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("shape", [(), (2, 0), (3, 0, 2), (1,), (1, 1)], ids=str)
+def test_small_shapes(kernels: Any, transform: str, shape: tuple[int, ...]) -> None:
+    of, device = kernels
+    raw = torch.full(shape, 0.5)
+    if transform == "simplex":
+        check(transform, "forward", of(transform, "forward"), device, raw, 0)
+        check(transform, "backward", of(transform, "backward"), device, raw, raw, 0)
+    else:
+        check(transform, "forward", of(transform, "forward"), device, raw, -1.0, INF)
+        check(transform, "backward", of(transform, "backward"), device, raw, raw, raw, -1.0, INF)
+
+
+def test_threads_change_nothing() -> None:
+    raw, grad_x = torch.randn(3, 100, 1000), torch.randn(3, 100, 1000)
+    results = []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            one = _library.overload("bounded", "backward")(grad_x, None, raw, 0.0, 1.0)
+            rows = [_library.overload("simplex", "backward")(grad_x, raw, dim) for dim in range(3)]
+            results.append([one, *rows])
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_every_kernel_is_pinned() -> None:
+    """A new kernel has to be added above: the lists here are all that there is."""
+    assert set(TRANSFORMS) == {"bounded", "exponential", "simplex"}
+    assert set(_library.ELEMENTWISE) == {
+        name + variant
+        for name in ("forward", "forward_log_det", "backward", "double_backward")
+        for variant in ("", ".tensor")
+    }
+    assert set(_library.ROWWISE) == {"forward", "backward", "double_backward"}
