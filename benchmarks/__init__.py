@@ -1,0 +1,1 @@
+"""How fast the transforms are, beside what they replace: ``python -m benchmarks --help`` from a clone."""
