@@ -208,9 +208,11 @@ void launch_contiguous(const Queue& queue, const RowOperands<Program, Storage>& 
   if constexpr (most > few) {
     if (length <= most * block_threads) return launch_blocks<vector, most>(queue, operands, rows, program);
   }
-  const BlockGroup group(block_threads, state_bytes<Program>(true));
-  launch(queue, Grid(limit_blocks(rows.count, block_threads, queue), block_threads, group.shared_bytes()),
-         long_row_kernel<block_threads, few, vector, Program, Storage, BlockGroup>, operands, rows, group, program);
+  constexpr int threads =
+      sizeof(compute_t<Storage>) == 8 ? block_threads / 2 : block_threads;  // as the registers allow
+  const BlockGroup group(threads, state_bytes<Program>(true));
+  launch(queue, Grid(limit_blocks(rows.count, threads, queue), threads, group.shared_bytes()),
+         long_row_kernel<threads, few, vector, Program, Storage, BlockGroup>, operands, rows, group, program);
 }
 
 // As many columns as there are threads for; whole lines of neighbours where rows are few.
