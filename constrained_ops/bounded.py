@@ -75,7 +75,7 @@ class Interval(Point):
 
     @property
     def log_det_width_width(self) -> Any:
-        return -1 / self.width**2
+        return -(1 / self.width) * (1 / self.width)
 
 
 class LowerOnly(Point):

@@ -34,9 +34,13 @@ def kernels() -> dict[str, dict[str, Callable[..., Any]]]:
     return emulation.load()
 
 
-@pytest.fixture(autouse=True)
-def seed() -> None:
-    torch.manual_seed(0)
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors are too small to share out, and the emulation is not to wait for threads that spin."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def sample(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 2.0) -> Tensor:

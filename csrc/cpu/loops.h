@@ -31,12 +31,15 @@ using RowLoop = void (*)(const RowCall& call, int64_t begin, int64_t end);
 constexpr int64_t sum_block = 1024;  // longer sums are added up block by block, to keep their digits
 
 struct RowUnits {
-  static constexpr int64_t lanes = 64, short_row = 64;
+  static constexpr int64_t max_lanes = 64, short_row = 64;
   bool tiles;
-  int64_t per_outer, count;
+  int64_t lanes;      // rows that lie side by side, in a tile or in memory
+  int64_t per_outer;  // without tiles: blocks of neighbouring rows
+  int64_t count;
 
   explicit RowUnits(const RowLayout& layout)
-      : tiles(layout.length <= (layout.inner == 1 ? short_row : lanes) && layout.inner < lanes),
+      : tiles(layout.length <= short_row && layout.inner < max_lanes),
+        lanes(tiles && layout.length > 8 ? (layout.length > 32 ? 16 : 32) : max_lanes),  // so that tiles stay in cache
         per_outer((layout.inner + lanes - 1) / lanes),
         count(tiles ? (layout.outer * layout.inner + lanes - 1) / lanes : layout.outer * per_outer) {}
 };

@@ -48,37 +48,50 @@ struct DoubleBackwardRows {
   }
 };
 
-// Rows [begin, begin + n) of [outer, length, inner] as a tile of [length][max_lanes] of the compute type.
-template <typename Rows, typename Storage>
-void run_tile(const RowCall& call, int64_t begin, int64_t n, compute_t<Storage>* tiles) {
-  using T = compute_t<Storage>;
-  const auto [outer, length, inner] = call.layout;
-  const int64_t tile_size = length * max_lanes;
+// Tiles [length][lanes] of the compute type, one for each operand and the weights, in memory of one thread.
+template <typename Rows, typename T>
+struct Tiles {
+  static constexpr int count = Rows::inputs + Rows::outputs + 1;
+  const int64_t length, lanes, apart;  // a line more than a tile apart: cache sets are few
+  const std::unique_ptr<T[]> memory;
+
+  Tiles(int64_t length, int64_t lanes)
+      : length(length), lanes(lanes), apart(length * lanes + 16), memory(new T[count * apart]) {}
+  T* at(int tile) const { return memory.get() + tile * apart; }
+};
+
+// `n` rows of [outer, length, inner], the first of them `begin`, through the tiles' columns.
+template <typename Rows, typename Storage, typename T>
+void run_tiles(const RowCall& call, int64_t begin, int64_t n, const Tiles<Rows, T>& tiles) {
+  const int64_t length = tiles.length, lanes = tiles.lanes, inner = call.layout.inner;
+  const int64_t first = begin / inner * length * inner + begin % inner;
   int64_t base[max_lanes];  // of each row's first element
-  for (int64_t l = 0; l < n; ++l) base[l] = (begin + l) / inner * length * inner + (begin + l) % inner;
+  if (inner > 1)
+    for (int64_t l = 0; l < n; ++l) base[l] = (begin + l) / inner * length * inner + (begin + l) % inner;
+
   const T* in[Rows::inputs];
-  for (int i = 0; i < Rows::inputs; ++i, tiles += tile_size) {
+  for (int i = 0; i < Rows::inputs; ++i) {
     const Storage* from = static_cast<const Storage*>(call.inputs[i]);
-    in[i] = tiles;
-    if (inner == 1) {
-      rows_and_tile(from + base[0], tiles, length, max_lanes, n, true);
-      continue;
-    }
-    for (int64_t k = 0; k < length; ++k)
-      for (int64_t l = 0; l < n; ++l) tiles[k * max_lanes + l] = to_compute(from[base[l] + k * inner]);
+    T* tile = tiles.at(i);
+    in[i] = tile;
+    if (inner == 1)
+      rows_and_tile(from + first, tile, length, lanes, n, true);
+    else
+      for (int64_t k = 0; k < length; ++k)
+        for (int64_t l = 0; l < n; ++l) tile[k * lanes + l] = to_compute(from[base[l] + k * inner]);
   }
   T* out[Rows::outputs];
-  for (int i = 0; i < Rows::outputs; ++i, tiles += tile_size) out[i] = call.outputs[i] ? tiles : nullptr;
-  Rows::template columns<true>(Columns{length, max_lanes, n}, in, out, tiles, next_above<Storage>(T(0)));
+  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::inputs + i) : nullptr;
+  Rows::template columns<true>(Columns{length, lanes, n}, in, out, tiles.at(tiles.count - 1),
+                               next_above<Storage>(T(0)));
   for (int i = 0; i < Rows::outputs; ++i) {
     if (!out[i]) continue;
     Storage* to = static_cast<Storage*>(call.outputs[i]);
-    if (inner == 1) {
-      rows_and_tile(out[i], to + base[0], length, max_lanes, n, false);
-      continue;
-    }
-    for (int64_t k = 0; k < length; ++k)
-      for (int64_t l = 0; l < n; ++l) to[base[l] + k * inner] = to_storage<Storage>(out[i][k * max_lanes + l]);
+    if (inner == 1)
+      rows_and_tile(out[i], to + first, length, lanes, n, false);
+    else
+      for (int64_t k = 0; k < length; ++k)
+        for (int64_t l = 0; l < n; ++l) to[base[l] + k * inner] = to_storage<Storage>(out[i][k * lanes + l]);
   }
 }
 
@@ -89,15 +102,15 @@ void run(const RowCall& call, int64_t begin, int64_t end) {
   const T smallest = next_above<Storage>(T(0));
   const RowUnits units(call.layout);
   if (units.tiles) {
-    const auto tiles = std::make_unique<T[]>((Rows::inputs + Rows::outputs + 1) * length * max_lanes);
+    const Tiles<Rows, T> tiles(length, units.lanes);
     for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit * max_lanes;
-      run_tile<Rows, Storage>(call, first, std::min(max_lanes, outer * inner - first), tiles.get());
+      const int64_t first = unit * units.lanes;
+      run_tiles<Rows, Storage>(call, first, std::min(units.lanes, outer * inner - first), tiles);
     }
     return;
   }
   const bool kept = length * std::min(inner, max_lanes) <= scratch_size;
-  const auto scratch = std::make_unique<T[]>(kept ? scratch_size : 0);
+  const std::unique_ptr<T[]> scratch(new T[kept ? scratch_size : 0]);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t lane = unit % units.per_outer * max_lanes;
     const int64_t offset = unit / units.per_outer * length * inner + lane;

@@ -12,7 +12,7 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t max_lanes = RowUnits::lanes;
+constexpr int64_t max_lanes = RowUnits::max_lanes;
 
 // `length` steps, `stride` elements apart, of `count` lanes side by side.
 struct Columns {
@@ -34,8 +34,9 @@ void find_largest(const Columns& s, const Storage* raw, PerLane<T>& largest, con
     for (int64_t l = 0; l < s.count; ++l) {
       const T here = to_compute(r[l]);
       const bool larger = here > largest[l];
-      if (values > 0) at[0][l] = larger ? to_compute(v0[l]) : at[0][l];
-      if (values > 1) at[values > 1][l] = larger ? to_compute(v1[l]) : at[values > 1][l];
+      const T here0 = to_compute(v0[l]), here1 = to_compute(v1[l]);  // loaded always: a load that depends is a slow one
+      if (values > 0) at[0][l] = larger ? here0 : at[0][l];
+      if (values > 1) at[values > 1][l] = larger ? here1 : at[values > 1][l];
       largest[l] = larger ? here : largest[l];
     }
   }

@@ -28,7 +28,8 @@ T row_at_largest(const Storage* raw, const Storage* v, T largest, int64_t length
   T at = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : at)
   for (int64_t i = 0; i < length; ++i) {
-    const T here = to_compute(raw[i]) == largest ? T(to_compute(v[i])) : -std::numeric_limits<T>::infinity();
+    const T value = to_compute(v[i]);  // loaded always: a load that depends is a slow one
+    const T here = to_compute(raw[i]) == largest ? value : -std::numeric_limits<T>::infinity();
     at = here > at ? here : at;
   }
   return at;
