@@ -8,6 +8,7 @@
 
 #include "../tensors.h"
 #include "levels.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace constrained_ops {
@@ -70,7 +71,7 @@ class ElementwiseOp {
   }
   Tensor output(bool wanted, ScalarType dtype) {
     Tensor result = results_.make(wanted, dtype);
-    call_.outputs[outputs_++] = wanted ? result.mutable_data_ptr() : nullptr;
+    call_.outputs[outputs_++] = result_data(result);
     return result;
   }
 

@@ -3,6 +3,7 @@
 
 #include "../tensors.h"
 #include "levels.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace constrained_ops {
@@ -20,7 +21,7 @@ void run(const char* op, Kernel kernel, std::initializer_list<const Tensor*> ope
   int i = 0;
   for (const Tensor* t : operands) call.inputs[i++] = t->const_data_ptr();
   i = 0;
-  for (const Tensor* t : results) call.outputs[i++] = t->numel() ? t->mutable_data_ptr() : nullptr;
+  for (const Tensor* t : results) call.outputs[i++] = result_data(*t);
   const int64_t units = RowUnits(call.layout).count;
   const int64_t elements_per_unit = raw.numel() / units;
   const RowLoop loop = loops().softmax(kernel, storage_dtype(op, raw));
@@ -56,7 +57,7 @@ std::tuple<Tensor, Tensor> simplex_double_backward(const Tensor& along_raw, cons
   const Tensor input = in_layout_of(raw, results.like()), along = in_layout_of(along_raw, results.like()),
                g = in_layout_of(grad_x, results.like());
   Tensor for_grad_x = results.make(needed & 1), for_raw = results.make(needed & 2);
-  run(op, Kernel::double_backward, {&input, &along, &g}, {&for_grad_x, &for_raw}, dim);
+  if (needed & 3) run(op, Kernel::double_backward, {&input, &along, &g}, {&for_grad_x, &for_raw}, dim);
   return {for_grad_x, for_raw};
 }
 
