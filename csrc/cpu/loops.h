@@ -1,6 +1,8 @@
 // The compiled loops: what csrc/cpu/*.cpp asks for, and csrc/cpu/loops/*.cpp provides once per instruction set.
 #pragma once
 
+#include <algorithm>
+
 #include "../operands.h"
 
 namespace constrained_ops {
@@ -30,18 +32,36 @@ using RowLoop = void (*)(const RowCall& call, int64_t begin, int64_t end);
 
 constexpr int64_t sum_block = 1024;  // longer sums are added up block by block, to keep their digits
 
+// How rows of [outer, length, inner] are cut into units of work.
 struct RowUnits {
-  static constexpr int64_t max_lanes = 64, short_row = 64;
-  bool tiles;
-  int64_t lanes;      // rows that lie side by side, in a tile or in memory
-  int64_t per_outer;  // without tiles: blocks of neighbouring rows
+  enum Way {
+    tiles,    // short rows: `lanes` of them as the columns of a tile, copied there and back
+    rows,     // rows that follow each other in memory, a few at a time
+    columns,  // longer rows with neighbours side by side, `lanes` of them at a time
+  };
+  static constexpr int64_t lanes = 32;
+  static constexpr int max_rows = 8;
+
+  Way way;
+  int64_t rows_per_unit = 1;  // Way::rows
+  int64_t per_outer = 0;      // blocks of neighbouring rows in each outer index; 0: rows are taken as they come
   int64_t count;
 
-  explicit RowUnits(const RowLayout& layout)
-      : tiles(layout.length <= short_row && layout.inner < max_lanes),
-        lanes(tiles && layout.length > 8 ? (layout.length > 32 ? 16 : 32) : max_lanes),  // so that tiles stay in cache
-        per_outer((layout.inner + lanes - 1) / lanes),
-        count(tiles ? (layout.outer * layout.inner + lanes - 1) / lanes : layout.outer * per_outer) {}
+  explicit RowUnits(const RowLayout& layout) {
+    const int64_t length = layout.length, inner = layout.inner;
+    // Where rows fill whole vectors, transposing pays only for the shortest.
+    const int64_t longest_in_tile = inner == 1 && length % 8 == 0 ? 16 : 64;
+    way = length <= longest_in_tile ? tiles : inner == 1 ? rows : columns;
+    if (way == rows) {
+      rows_per_unit = std::clamp<int64_t>(1024 / length, 1, max_rows);
+      count = (layout.outer + rows_per_unit - 1) / rows_per_unit;
+    } else if (way == tiles && inner < lanes) {
+      count = (layout.outer * inner + lanes - 1) / lanes;
+    } else {
+      per_outer = (inner + lanes - 1) / lanes;
+      count = layout.outer * per_outer;
+    }
+  }
 };
 
 #define CO_DECLARE_LOOPS                                                           \

@@ -40,12 +40,13 @@ struct Format<float> {
   static constexpr int mantissa_bits = 23;
   static constexpr Int exponent_bias = 127;
   static constexpr Int sqrt_half_bits = 0x3f3504f3;  // the bits of sqrt(1/2)
-  static constexpr float round_magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
   static constexpr float ln2_hi = 0.693359375f;      // few enough bits that k * ln2_hi is exact
   static constexpr float ln2_lo = -2.12194440054690583e-4f;
   static constexpr float exp_underflow = -104.0f;  // exp of anything smaller rounds to zero
   static constexpr float exp_overflow = 88.8f;     // ... and of anything larger to infinity
   static constexpr Int lift = 64;                  // takes the exponent of every nonzero exp(x), x <= 0, back to normal
+  // Adding 1.5 * 2^23 rounds to an integer k; with the rest, the low bits are the exponent field of 2^(k + lift).
+  static constexpr float round_magic = 12582912.0f + exponent_bias + lift;
 };
 
 template <>
@@ -54,12 +55,12 @@ struct Format<double> {
   static constexpr int mantissa_bits = 52;
   static constexpr Int exponent_bias = 1023;
   static constexpr Int sqrt_half_bits = 0x3fe6a09e667f3bcd;
-  static constexpr double round_magic = 6755399441055744.0;  // 1.5 * 2^52
   static constexpr double ln2_hi = 6.93147180369123816490e-1;
   static constexpr double ln2_lo = 1.90821492927058770002e-10;
   static constexpr double exp_underflow = -746.0;
   static constexpr double exp_overflow = 710.0;
   static constexpr Int lift = 128;
+  static constexpr double round_magic = 6755399441055744.0 + exponent_bias + lift;  // 1.5 * 2^52 + ...
 };
 
 CO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
@@ -143,18 +144,21 @@ CO_HD double atanh_tail(double z2) {  // Taylor series: the first term left out 
 // e^x = 2^k (1 + p), |ln(1 + p)| <= ln2 / 2, for x within the format's exponents.
 template <typename T>
 struct Reduced {
-  typename Format<T>::Int k;
+  using Int = typename Format<T>::Int;
+  Int low_bits;  // see Format::round_magic
   T p;
 
   CO_HD explicit Reduced(T x) {
     using F = Format<T>;
-    using Int = typename F::Int;
     const T shifted = x * T(1.4426950408889634) + F::round_magic;
     const T whole = shifted - F::round_magic;
     const T r = (x - whole * F::ln2_hi) - whole * F::ln2_lo;
-    k = bit_cast<Int>(shifted) - bit_cast<Int>(F::round_magic);
+    low_bits = bit_cast<Int>(shifted);
     p = r + r * r * exp_tail(r);
   }
+
+  CO_HD Int k() const { return low_bits - bit_cast<Int>(Format<T>::round_magic); }
+  CO_HD T lifted() const { return bit_cast<T>(low_bits << Format<T>::mantissa_bits); }  // 2^(k + lift)
 };
 
 template <typename T>
@@ -169,17 +173,25 @@ CO_HD Exp<T> exp_nonpositive(T x) {
   using F = Format<T>;
   const T least = exp_limit<T>(0);
   const Reduced<T> r(x < least ? least : x);
-  const T lifted = power_of_two<T>(r.k + F::lift), lower = power_of_two<T>(-F::lift);  // 2^k itself may be subnormal
+  const T lifted = r.lifted(), lower = power_of_two<T>(-F::lift);  // 2^k itself may be subnormal
   const T scale = lifted * lower;
   return {(T(1) + r.p) * lifted * lower, r.p * scale + (scale - T(1))};
+}
+
+// 2^lift e^x for x <= 0: one multiplication less, for those who divide by such a number in the end.
+template <typename T>
+CO_HD T lifted_exp_nonpositive(T x) {
+  const T least = exp_limit<T>(0);
+  const Reduced<T> r(x < least ? least : x);
+  return (T(1) + r.p) * r.lifted();
 }
 
 // For any x.
 template <typename T>
 CO_HD T exp(T x) {
   const Reduced<T> r(clamp(x, exp_limit<T>(0), exp_limit<T>(1)));
-  const auto half = r.k >> 1;  // 2^k in two factors: k alone may leave the normal exponents at either end
-  return (T(1) + r.p) * power_of_two<T>(half) * power_of_two<T>(r.k - half);
+  const auto k = r.k(), half = k >> 1;  // 2^k in two factors: k alone may leave the normal exponents at either end
+  return (T(1) + r.p) * power_of_two<T>(half) * power_of_two<T>(k - half);
 }
 
 // log(1 + e) for 0 <= e <= 1.

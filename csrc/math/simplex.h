@@ -14,6 +14,13 @@ CO_HD T softmax_weight(T raw, T largest_raw) {
   return exp_nonpositive(raw - largest_raw).exp;
 }
 
+// The same times a power of two that the division takes out again. It is chosen so that a weight whose x would round to
+// 0 still does, that of raw = -inf among them.
+template <typename T>
+CO_HD T softmax_lifted_weight(T raw, T largest_raw) {
+  return lifted_exp_nonpositive(raw - largest_raw);
+}
+
 // A finite raw never gives an exact 0, so that the logarithm of the result is finite; raw = -inf does.
 template <typename T>
 CO_HD T softmax_value(T raw, T weight, T inverse_sum, T smallest) {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "../../math/elementwise.h"
 #include "../loops.h"
@@ -85,25 +86,51 @@ class Input {
   bool linear_, filled_;
 };
 
-template <typename Program, typename Map, typename T>
-CO_HD void compute_element(const T* const* in, T* const* out, const Bounds<T>& bounds, int extra, int64_t i) {
-  T values[Program::inputs + 1], results[Program::outputs];
-  for (int k = 0; k < Program::inputs; ++k) values[k] = in[extra + k][i];
-  Program::run(Map::at(in[0][i], bounds), bounds, values, results);
-  for (int k = 0; k < Program::outputs; ++k) out[k][i] = results[k];
-}
+// Operands per element: raw[, lower, upper], then the program's.
+template <typename Program, bool by_element>
+constexpr int operands = 1 + (by_element ? 2 : 0) + Program::inputs;
 
-template <typename Storage, typename Program, typename Map, bool by_element, typename T>
-void compute(const T* const* in, T* const* out, Bounds<T> scalars, int64_t n) {
-  if constexpr (by_element) {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i)
-      compute_element<Program, Map>(in, out, bounds_of_element<Storage>(in[1][i], in[2][i]), 3, i);
-  } else {
-#pragma GCC ivdep
-    for (int64_t i = 0; i < n; ++i) compute_element<Program, Map>(in, out, scalars, 1, i);
+template <typename Storage, typename Program, typename Map, bool by_element,
+          typename = std::make_index_sequence<operands<Program, by_element>>,
+          typename = std::make_index_sequence<Program::outputs>>
+struct Loop;
+
+// The vector loop over one chunk. It takes whole strides, several vectors of independent work for the compiler to
+// interleave: one alone would spend most of its time waiting for its own results.
+template <typename Storage, typename Program, typename Map, bool by_element, size_t... I, size_t... O>
+struct Loop<Storage, Program, Map, by_element, std::index_sequence<I...>, std::index_sequence<O...>> {
+  using T = compute_t<Storage>;
+  template <typename U, size_t>
+  using Value = U;
+  template <typename U, size_t>
+  using Pointer = U* __restrict__;  // without the promise, stores would hold back the loads of the next vector
+
+  static void run(const T* const* in, T* const* out, const Bounds<T>& scalars, int64_t n) {
+    compute(scalars, n, in[I]..., out[O]...);
   }
-}
+
+ private:
+  [[gnu::noinline]] static void compute(const Bounds<T> scalars, int64_t n, Pointer<const T, I>... in,
+                                        Pointer<T, O>... out) {
+    constexpr int stride = 32;
+    int64_t start = 0;
+    for (; start + stride <= n; start += stride) {
+#pragma GCC ivdep
+      for (int i = 0; i < stride; ++i) element(scalars, in[start + i]..., out[start + i]...);
+    }
+#pragma GCC ivdep
+    for (int64_t i = start; i < n; ++i) element(scalars, in[i]..., out[i]...);
+  }
+
+  CO_HD static void element(const Bounds<T>& scalars, Value<T, I>... in, Value<T&, O>... out) {
+    const T values[] = {in..., T(0)};
+    T results[sizeof...(O)];
+    Bounds<T> bounds = scalars;
+    if constexpr (by_element) bounds = bounds_of_element<Storage>(values[1], values[2]);
+    Program::run(Map::at(values[0], bounds), bounds, values + sizeof...(I) - Program::inputs, results);
+    ((out = results[O]), ...);
+  }
+};
 
 template <typename T>
 bool all_finite(const T* a, const T* b, int64_t n) {
@@ -117,7 +144,7 @@ bool all_finite(const T* a, const T* b, int64_t n) {
 template <typename Storage, typename Program, typename Map, typename FiniteMap, bool by_element>
 void run(const ElementwiseCall& call, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  constexpr int bounds = by_element ? 2 : 0, inputs = 1 + bounds + Program::inputs;
+  constexpr int bounds = by_element ? 2 : 0;
   Input<Storage> stored[1 + Program::inputs];
   Input<T> lower, upper;
   stored[0].open(call, 0);
@@ -128,7 +155,7 @@ void run(const ElementwiseCall& call, int64_t begin, int64_t end) {
   alignas(64) T results[Program::outputs][chunk];
   for (int64_t start = begin; start < end; start += chunk) {
     const int64_t n = std::min(chunk, end - start);
-    const T* in[inputs];
+    const T* in[operands<Program, by_element>];
     in[0] = stored[0].fetch(start, n);
     for (int k = 0; k < Program::inputs; ++k) in[1 + bounds + k] = stored[1 + k].fetch(start, n);
     T* out[Program::outputs] = {};
@@ -141,11 +168,11 @@ void run(const ElementwiseCall& call, int64_t begin, int64_t end) {
       in[1] = lower.fetch(start, n);
       in[2] = upper.fetch(start, n);
       if (all_finite(in[1], in[2], n))
-        compute<Storage, Program, FiniteMap, true>(in, out, scalars, n);
+        Loop<Storage, Program, FiniteMap, true>::run(in, out, scalars, n);
       else
-        compute<Storage, Program, Map, true>(in, out, scalars, n);
+        Loop<Storage, Program, Map, true>::run(in, out, scalars, n);
     } else {
-      compute<Storage, Program, Map, false>(in, out, scalars, n);
+      Loop<Storage, Program, Map, false>::run(in, out, scalars, n);
     }
     if constexpr (!std::is_same_v<Storage, T>) {
       for (int k = 0; k < Program::outputs; ++k) {

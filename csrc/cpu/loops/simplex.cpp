@@ -1,7 +1,4 @@
-// Softmax along rows of [outer, length, inner], three ways:
-//   short rows   a block of rows is transposed into a tile, whose columns are the rows
-//   inner = 1    one row at a time
-//   inner > 1    blocks of neighbouring rows, whatever their length
+// Softmax along rows of [outer, length, inner], three ways; see RowUnits.
 #include <memory>
 
 #include "simplex_columns.h"
@@ -11,122 +8,173 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t scratch_size = 1 << 16;  // weights exp(raw - largest) are kept up to here, and computed again beyond
+constexpr int64_t scratch_size = 1 << 16;  // longer rows of 16-bit numbers compute their weights again
 
 // The three kernels as types, for a template argument each.
 struct ForwardRows {
   static constexpr int inputs = 1, outputs = 1;
-  template <bool kept, typename... Args>
-  static void columns(Args... args) {
-    columns_forward<kept>(args...);
+  template <int64_t lanes, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
+    columns_forward<lanes>(length, stride, smallest, in[0], out[0]);
   }
-  template <bool kept, typename... Args>
-  static void row(Args... args) {
-    row_forward<kept>(args...);
+  template <bool kept, typename Storage, typename T>
+  static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
+    rows_forward<kept>(rows, length, in, out, weights, smallest);
   }
 };
 struct BackwardRows {
   static constexpr int inputs = 2, outputs = 1;
-  template <bool kept, typename... Args>
-  static void columns(Args... args) {
-    columns_backward<kept>(args...);
+  template <int64_t lanes, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
+    columns_backward<lanes>(length, stride, smallest, in[0], in[1], out[0]);
   }
-  template <bool kept, typename... Args>
-  static void row(Args... args) {
-    row_backward<kept>(args...);
+  template <bool kept, typename Storage, typename T>
+  static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
+    rows_backward<kept>(rows, length, in, out, weights, smallest);
   }
 };
 struct DoubleBackwardRows {
   static constexpr int inputs = 3, outputs = 2;
-  template <bool kept, typename... Args>
-  static void columns(Args... args) {
-    columns_double_backward<kept>(args...);
+  template <int64_t lanes, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
+    columns_double_backward<lanes>(length, stride, smallest, in[0], in[1], in[2], out[0], out[1]);
   }
-  template <bool kept, typename... Args>
-  static void row(Args... args) {
-    row_double_backward<kept>(args...);
+  template <bool kept, typename Storage, typename T>
+  static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
+    rows_double_backward<kept>(rows, length, in, out, weights, smallest);
   }
 };
 
-// Tiles [length][lanes] of the compute type, one for each operand and the weights, in memory of one thread.
+// Tiles [length][tile_lanes] of the compute type, one for each operand, in memory of one thread.
 template <typename Rows, typename T>
 struct Tiles {
-  static constexpr int count = Rows::inputs + Rows::outputs + 1;
-  const int64_t length, lanes, apart;  // a line more than a tile apart: cache sets are few
+  static constexpr int64_t lanes = RowUnits::lanes;
+  static constexpr int count = Rows::inputs + Rows::outputs;
+  const int64_t length, apart;  // a line more than a tile apart: cache sets are few
   const std::unique_ptr<T[]> memory;
 
-  Tiles(int64_t length, int64_t lanes)
-      : length(length), lanes(lanes), apart(length * lanes + 16), memory(new T[count * apart]) {}
+  explicit Tiles(int64_t length) : length(length), apart(length * lanes + 16), memory(new T[count * apart]()) {}
   T* at(int tile) const { return memory.get() + tile * apart; }
 };
 
-// `n` rows of [outer, length, inner], the first of them `begin`, through the tiles' columns.
-template <typename Rows, typename Storage, typename T>
-void run_tiles(const RowCall& call, int64_t begin, int64_t n, const Tiles<Rows, T>& tiles) {
-  const int64_t length = tiles.length, lanes = tiles.lanes, inner = call.layout.inner;
-  const int64_t first = begin / inner * length * inner + begin % inner;
-  int64_t base[max_lanes];  // of each row's first element
-  if (inner > 1)
-    for (int64_t l = 0; l < n; ++l) base[l] = (begin + l) / inner * length * inner + (begin + l) % inner;
+// Where the rows of a tile lie: `count` of them, each `length` elements, `inner` apart.
+struct TileRows {
+  int64_t length, inner, count;
+  int64_t first;                    // first element of the first row
+  bool neighbours;                  // the rows follow each other element by element
+  int64_t starts[RowUnits::lanes];  // otherwise, if inner > 1: first elements of all
 
-  const T* in[Rows::inputs];
-  for (int i = 0; i < Rows::inputs; ++i) {
-    const Storage* from = static_cast<const Storage*>(call.inputs[i]);
-    T* tile = tiles.at(i);
-    in[i] = tile;
-    if (inner == 1)
-      rows_and_tile(from + first, tile, length, lanes, n, true);
-    else
-      for (int64_t k = 0; k < length; ++k)
-        for (int64_t l = 0; l < n; ++l) tile[k * lanes + l] = to_compute(from[base[l] + k * inner]);
+  TileRows(const RowLayout& layout, const RowUnits& units, int64_t unit) : length(layout.length), inner(layout.inner) {
+    neighbours = units.per_outer != 0;
+    if (neighbours) {
+      const int64_t lane = unit % units.per_outer * units.lanes;
+      count = std::min(units.lanes, inner - lane);
+      first = unit / units.per_outer * length * inner + lane;
+      return;
+    }
+    const int64_t row = unit * units.lanes;
+    count = std::min(units.lanes, layout.outer * inner - row);
+    first = row * length;
+    if (inner > 1)
+      for (int64_t l = 0; l < count; ++l) starts[l] = (row + l) / inner * length * inner + (row + l) % inner;
   }
+
+  template <typename Storage, typename T>
+  void load(const Storage* from, T* tile) const {
+    if (inner == 1) return rows_to_tile(from + first, tile, length, count);
+    for_each([=](int64_t in_memory, int64_t in_tile) { tile[in_tile] = to_compute(from[in_memory]); });
+  }
+  template <typename Storage, typename T>
+  void store(const T* tile, Storage* to) const {
+    if (inner == 1) return tile_to_rows(tile, to + first, length, count);
+    for_each([=](int64_t in_memory, int64_t in_tile) { to[in_memory] = to_storage<Storage>(tile[in_tile]); });
+  }
+
+ private:
+  template <typename Move>
+  CO_HD void for_each(Move move) const {
+    for (int64_t k = 0; k < length; ++k) {
+      const int64_t in_tile = k * RowUnits::lanes;
+      if (neighbours) {
+#pragma GCC ivdep
+        for (int64_t l = 0; l < count; ++l) move(first + k * inner + l, in_tile + l);
+      } else {
+        for (int64_t l = 0; l < count; ++l) move(starts[l] + k * inner, in_tile + l);
+      }
+    }
+  }
+};
+
+template <typename Rows, typename Storage>
+void run_tiles(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const Tiles<Rows, T> tiles(call.layout.length);
+  const T* in[Rows::inputs];
   T* out[Rows::outputs];
+  for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
   for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::inputs + i) : nullptr;
-  Rows::template columns<true>(Columns{length, lanes, n}, in, out, tiles.at(tiles.count - 1),
-                               next_above<Storage>(T(0)));
-  for (int i = 0; i < Rows::outputs; ++i) {
-    if (!out[i]) continue;
-    Storage* to = static_cast<Storage*>(call.outputs[i]);
-    if (inner == 1)
-      rows_and_tile(out[i], to + first, length, lanes, n, false);
-    else
-      for (int64_t k = 0; k < length; ++k)
-        for (int64_t l = 0; l < n; ++l) to[base[l] + k * inner] = to_storage<Storage>(out[i][k * lanes + l]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const TileRows rows(call.layout, units, unit);
+    for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
+    Rows::template columns<tiles.lanes>(tiles.length, tiles.lanes, next_above<Storage>(T(0)), in, out);
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
+  }
+}
+
+// Rows one after the other.
+template <typename Rows, typename Storage>
+void run_rows(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const int64_t length = call.layout.length;
+  const bool in_result = std::is_same_v<Storage, T>, kept = in_result || units.rows_per_unit * length <= scratch_size;
+  const std::unique_ptr<T[]> scratch(new T[kept && !in_result ? units.rows_per_unit * length : 0]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first = unit * units.rows_per_unit, offset = first * length;
+    const int rows = static_cast<int>(std::min(units.rows_per_unit, call.layout.outer - first));
+    const Storage* in[Rows::inputs];
+    Storage *out[Rows::outputs], *last = nullptr;
+    for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
+    for (int i = 0; i < Rows::outputs; ++i) {
+      out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
+      if (out[i]) last = out[i];
+    }
+    T* weights = scratch.get();
+    if constexpr (std::is_same_v<Storage, T>) weights = last;
+    const auto run = kept ? Rows::template rows<true, Storage, T> : Rows::template rows<false, Storage, T>;
+    run(rows, length, in, out, weights, next_above<Storage>(T(0)));
+  }
+}
+
+// Long rows that lie side by side.
+template <typename Rows, typename Storage>
+void run_columns(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  const auto [outer, length, inner] = call.layout;
+  const auto smallest = next_above<Storage>(compute_t<Storage>(0));
+  for (int64_t unit = begin; unit < end; ++unit) {
+    int64_t lane = unit % units.per_outer * units.lanes;
+    const int64_t count = std::min(units.lanes, inner - lane);
+    for (const int64_t last = lane + count; lane < last; lane += count < units.lanes ? 1 : count) {
+      const int64_t offset = unit / units.per_outer * length * inner + lane;
+      const Storage* in[Rows::inputs];
+      Storage* out[Rows::outputs];
+      for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
+      for (int i = 0; i < Rows::outputs; ++i)
+        out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
+      const auto run = count == units.lanes ? Rows::template columns<units.lanes, Storage, compute_t<Storage>>
+                                            : Rows::template columns<1, Storage, compute_t<Storage>>;
+      run(length, inner, smallest, in, out);
+    }
   }
 }
 
 template <typename Rows, typename Storage>
 void run(const RowCall& call, int64_t begin, int64_t end) {
-  using T = compute_t<Storage>;
-  const auto [outer, length, inner] = call.layout;
-  const T smallest = next_above<Storage>(T(0));
   const RowUnits units(call.layout);
-  if (units.tiles) {
-    const Tiles<Rows, T> tiles(length, units.lanes);
-    for (int64_t unit = begin; unit < end; ++unit) {
-      const int64_t first = unit * units.lanes;
-      run_tiles<Rows, Storage>(call, first, std::min(units.lanes, outer * inner - first), tiles);
-    }
-    return;
-  }
-  const bool kept = length * std::min(inner, max_lanes) <= scratch_size;
-  const std::unique_ptr<T[]> scratch(new T[kept ? scratch_size : 0]);
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t lane = unit % units.per_outer * max_lanes;
-    const int64_t offset = unit / units.per_outer * length * inner + lane;
-    const Storage* in[Rows::inputs];
-    for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
-    Storage* out[Rows::outputs];
-    for (int i = 0; i < Rows::outputs; ++i)
-      out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
-    const Columns columns{length, inner, std::min(max_lanes, inner - lane)};
-    if (inner == 1)
-      kept ? Rows::template row<true>(length, in, out, scratch.get(), smallest)
-           : Rows::template row<false>(length, in, out, scratch.get(), smallest);
-    else
-      kept ? Rows::template columns<true>(columns, in, out, scratch.get(), smallest)
-           : Rows::template columns<false>(columns, in, out, scratch.get(), smallest);
-  }
+  const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
+                    : units.way == RowUnits::rows ? run_rows<Rows, Storage>
+                                                  : run_columns<Rows, Storage>;
+  loop(call, units, begin, end);
 }
 
 template <typename Rows>

@@ -1,9 +1,11 @@
-// Softmax of neighbouring rows: vector lanes are rows that lie side by side in memory, and a step takes each of them
-// one element further.
+// Softmax of neighbouring rows: lanes are rows that lie side by side in memory, and a step takes all of them one
+// element further. The number of lanes is a constant of several vectors, independent work for the compiler to
+// interleave.
 #pragma once
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 
 #include "../../math/simplex.h"
 #include "../../math/storage.h"
@@ -12,164 +14,178 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t max_lanes = RowUnits::max_lanes;
+#define CO_EACH_LANE _Pragma("GCC ivdep") for (int64_t l = 0; l < lanes; ++l)
 
-// `length` steps, `stride` elements apart, of `count` lanes side by side.
-struct Columns {
-  int64_t length, stride, count;
-};
+// exp(raw - largest) is computed once if the result can hold it meanwhile, otherwise again.
+template <typename Storage>
+constexpr bool keeps_weights = std::is_same_v<Storage, compute_t<Storage>>;
 
-template <typename T>
-using PerLane = T[max_lanes];
+template <typename Storage, typename T>
+CO_HD T keep_weight(const Storage& raw, T largest, Storage& kept) {
+  const T weight = softmax_lifted_weight(T(to_compute(raw)), largest);
+  if constexpr (keeps_weights<Storage>) kept = weight;
+  return weight;
+}
 
-// The largest raw of each row, and the value there of each of `v`.
-template <int values, typename Storage, typename T>
-void find_largest(const Columns& s, const Storage* raw, PerLane<T>& largest, const Storage* const* v, PerLane<T>* at) {
-  std::fill_n(largest, s.count, -std::numeric_limits<T>::infinity());
-  for (int i = 0; i < values; ++i) std::fill_n(at[i], s.count, T(0));
-  for (int64_t k = 0; k < s.length; ++k) {
-    const Storage *r = raw + k * s.stride, *v0 = values > 0 ? v[0] + k * s.stride : r,
-                  *v1 = values > 1 ? v[1] + k * s.stride : r;
-#pragma GCC ivdep
-    for (int64_t l = 0; l < s.count; ++l) {
-      const T here = to_compute(r[l]);
+template <typename Storage, typename T>
+CO_HD T kept_weight(const Storage& raw, T largest, const Storage& kept) {
+  if constexpr (keeps_weights<Storage>)
+    return kept;
+  else
+    return softmax_lifted_weight(T(to_compute(raw)), largest);
+}
+
+// `smallest`: the smallest positive number of the tensor's dtype, which a tile's type does not tell.
+template <int64_t lanes, typename Storage, typename T>
+[[gnu::noinline]] void columns_forward(int64_t length, int64_t stride, T smallest, const Storage* __restrict raw,
+                                       Storage* __restrict x) {
+  T largest[lanes], sum[lanes] = {}, inverse[lanes];
+  CO_EACH_LANE largest[l] = to_compute(raw[l]);
+  for (int64_t k = 1; k < length; ++k) {
+    const Storage* r = raw + k * stride;
+    CO_EACH_LANE largest[l] = to_compute(r[l]) > largest[l] ? to_compute(r[l]) : largest[l];
+  }
+  for (int64_t start = 0; start < length; start += sum_block) {
+    T part[lanes] = {};
+    for (int64_t k = start; k < std::min(length, start + sum_block); ++k) {
+      const Storage* r = raw + k * stride;
+      Storage* kept = x + k * stride;
+      CO_EACH_LANE part[l] += keep_weight(r[l], largest[l], kept[l]);
+    }
+    CO_EACH_LANE sum[l] += part[l];
+  }
+  CO_EACH_LANE inverse[l] = T(1) / sum[l];
+  for (int64_t k = 0; k < length; ++k) {
+    const Storage* r = raw + k * stride;
+    Storage* to = x + k * stride;
+    CO_EACH_LANE to[l] = to_storage<Storage>(
+        softmax_value(T(to_compute(r[l])), kept_weight(r[l], largest[l], to[l]), inverse[l], smallest));
+  }
+}
+
+template <int64_t lanes, typename Storage, typename T>
+[[gnu::noinline]] void columns_backward(int64_t length, int64_t stride, T, const Storage* __restrict raw,
+                                        const Storage* __restrict grad_x, Storage* __restrict grad_raw) {
+  T largest[lanes], g_at[lanes], sum[lanes] = {}, sum_g[lanes] = {}, inverse[lanes], mean_g[lanes];
+  CO_EACH_LANE {
+    largest[l] = to_compute(raw[l]);
+    g_at[l] = to_compute(grad_x[l]);
+  }
+  for (int64_t k = 1; k < length; ++k) {
+    const Storage *r = raw + k * stride, *g = grad_x + k * stride;
+    CO_EACH_LANE {
+      const T here = to_compute(r[l]), g_here = to_compute(g[l]);  // loaded always: a load that depends is a slow one
       const bool larger = here > largest[l];
-      const T here0 = to_compute(v0[l]), here1 = to_compute(v1[l]);  // loaded always: a load that depends is a slow one
-      if (values > 0) at[0][l] = larger ? here0 : at[0][l];
-      if (values > 1) at[values > 1][l] = larger ? here1 : at[values > 1][l];
+      g_at[l] = larger ? g_here : g_at[l];
       largest[l] = larger ? here : largest[l];
     }
   }
-}
-
-// Sums of term(step, lane, terms) along each row, `sums` of them at once.
-template <int sums, typename T, typename Term>
-void add_up(const Columns& s, PerLane<T>* total, Term term) {
-  for (int i = 0; i < sums; ++i) std::fill_n(total[i], s.count, T(0));
-  for (int64_t start = 0; start < s.length; start += sum_block) {
-    PerLane<T> partial[sums];
-    for (int i = 0; i < sums; ++i) std::fill_n(partial[i], s.count, T(0));
-    for (int64_t k = start; k < std::min(s.length, start + sum_block); ++k) {
-#pragma GCC ivdep
-      for (int64_t l = 0; l < s.count; ++l) {
-        T terms[sums];
-        term(k, l, terms);
-        for (int i = 0; i < sums; ++i) partial[i][l] += terms[i];
+  for (int64_t start = 0; start < length; start += sum_block) {
+    T part[lanes] = {}, part_g[lanes] = {};
+    for (int64_t k = start; k < std::min(length, start + sum_block); ++k) {
+      const Storage *r = raw + k * stride, *g = grad_x + k * stride;
+      Storage* kept = grad_raw + k * stride;
+      CO_EACH_LANE {
+        const T weight = keep_weight(r[l], largest[l], kept[l]);
+        part[l] += weight;
+        part_g[l] += weight * (to_compute(g[l]) - g_at[l]);
       }
     }
-    for (int i = 0; i < sums; ++i)
-      for (int64_t l = 0; l < s.count; ++l) total[i][l] += partial[i][l];
+    CO_EACH_LANE {
+      sum[l] += part[l];
+      sum_g[l] += part_g[l];
+    }
+  }
+  CO_EACH_LANE {
+    inverse[l] = T(1) / sum[l];
+    mean_g[l] = sum_g[l] * inverse[l];
+  }
+  for (int64_t k = 0; k < length; ++k) {
+    const Storage *r = raw + k * stride, *g = grad_x + k * stride;
+    Storage* to = grad_raw + k * stride;
+    CO_EACH_LANE to[l] = to_storage<Storage>(
+        softmax_backward(kept_weight(r[l], largest[l], to[l]) * inverse[l], to_compute(g[l]) - g_at[l], mean_g[l]));
   }
 }
 
-template <typename Body>
-CO_HD void for_each(const Columns& s, Body body) {
-  for (int64_t k = 0; k < s.length; ++k) {
-#pragma GCC ivdep
-    for (int64_t l = 0; l < s.count; ++l) body(k, l);
+// Either result may be null.
+template <int64_t lanes, typename Storage, typename T>
+[[gnu::noinline]] void columns_double_backward(int64_t length, int64_t stride, T, const Storage* __restrict raw,
+                                               const Storage* __restrict along, const Storage* __restrict grad_x,
+                                               Storage* __restrict for_g, Storage* __restrict for_raw) {
+  T largest[lanes], a_at[lanes], g_at[lanes], sum[lanes] = {}, sum_a[lanes] = {}, sum_g[lanes] = {};
+  CO_EACH_LANE {
+    largest[l] = to_compute(raw[l]);
+    a_at[l] = to_compute(along[l]);
+    g_at[l] = to_compute(grad_x[l]);
+  }
+  for (int64_t k = 1; k < length; ++k) {
+    const Storage *r = raw + k * stride, *a = along + k * stride, *g = grad_x + k * stride;
+    CO_EACH_LANE {
+      const T here = to_compute(r[l]), a_here = to_compute(a[l]), g_here = to_compute(g[l]);
+      const bool larger = here > largest[l];
+      a_at[l] = larger ? a_here : a_at[l];
+      g_at[l] = larger ? g_here : g_at[l];
+      largest[l] = larger ? here : largest[l];
+    }
+  }
+  Storage* weights = for_raw ? for_raw : for_g;  // the result that is written last
+  for (int64_t start = 0; start < length; start += sum_block) {
+    T part[lanes] = {}, part_a[lanes] = {}, part_g[lanes] = {};
+    for (int64_t k = start; k < std::min(length, start + sum_block); ++k) {
+      const Storage *r = raw + k * stride, *a = along + k * stride, *g = grad_x + k * stride;
+      Storage* kept = weights + k * stride;
+      CO_EACH_LANE {
+        const T weight = keep_weight(r[l], largest[l], kept[l]);
+        part[l] += weight;
+        part_a[l] += weight * (to_compute(a[l]) - a_at[l]);
+        part_g[l] += weight * (to_compute(g[l]) - g_at[l]);
+      }
+    }
+    CO_EACH_LANE {
+      sum[l] += part[l];
+      sum_a[l] += part_a[l];
+      sum_g[l] += part_g[l];
+    }
+  }
+  T inverse[lanes], mean_a[lanes], mean_g[lanes];
+  CO_EACH_LANE {
+    inverse[l] = T(1) / sum[l];
+    mean_a[l] = sum_a[l] * inverse[l];
+    mean_g[l] = sum_g[l] * inverse[l];
+  }
+  if (for_g) {
+    for (int64_t k = 0; k < length; ++k) {
+      const Storage *r = raw + k * stride, *a = along + k * stride, *kept = weights + k * stride;
+      Storage* to = for_g + k * stride;
+      CO_EACH_LANE to[l] = to_storage<Storage>(
+          softmax_backward(kept_weight(r[l], largest[l], kept[l]) * inverse[l], to_compute(a[l]) - a_at[l], mean_a[l]));
+    }
+  }
+  if (!for_raw) return;
+  T covariance[lanes] = {};
+  for (int64_t start = 0; start < length; start += sum_block) {
+    T part[lanes] = {};
+    for (int64_t k = start; k < std::min(length, start + sum_block); ++k) {
+      const Storage *r = raw + k * stride, *a = along + k * stride, *g = grad_x + k * stride;
+      const Storage* kept = weights + k * stride;
+      CO_EACH_LANE part[l] +=
+          kept_weight(r[l], largest[l], kept[l]) * inverse[l] *
+          softmax_covariance(to_compute(a[l]) - a_at[l], mean_a[l], to_compute(g[l]) - g_at[l], mean_g[l]);
+    }
+    CO_EACH_LANE covariance[l] += part[l];
+  }
+  for (int64_t k = 0; k < length; ++k) {
+    const Storage *r = raw + k * stride, *a = along + k * stride, *g = grad_x + k * stride;
+    Storage* to = for_raw + k * stride;
+    CO_EACH_LANE to[l] = to_storage<Storage>(softmax_backward(
+        kept_weight(r[l], largest[l], to[l]) * inverse[l],
+        softmax_covariance(to_compute(a[l]) - a_at[l], mean_a[l], to_compute(g[l]) - g_at[l], mean_g[l]),
+        covariance[l]));
   }
 }
 
-// exp(raw - largest): computed and kept by first(), handed out again by again().
-template <typename Storage, bool kept>
-struct Weights {
-  using T = compute_t<Storage>;
-  const Columns& s;
-  const Storage* raw;
-  const T* largest;
-  T* scratch;
-
-  CO_HD T first(int64_t k, int64_t l) const {
-    const T weight = softmax_weight(to_compute(raw[k * s.stride + l]), largest[l]);
-    if (kept) scratch[k * s.count + l] = weight;
-    return weight;
-  }
-  CO_HD T again(int64_t k, int64_t l) const {
-    return kept ? scratch[k * s.count + l] : softmax_weight(to_compute(raw[k * s.stride + l]), largest[l]);
-  }
-};
-
-// `smallest`: the smallest positive number of the tensor's dtype, which a tile's type does not tell.
-template <bool kept, typename Storage, typename T>
-void columns_forward(const Columns& s, const Storage* const* in, Storage* const* out, T* scratch, T smallest) {
-  PerLane<T> largest, inverse_sum[1];
-  const Storage* raw = in[0];
-  Storage* x = out[0];
-  find_largest<0>(s, raw, largest, in, inverse_sum);
-  const Weights<Storage, kept> weight{s, raw, largest, scratch};
-  add_up<1>(s, inverse_sum, [=](int64_t k, int64_t l, T* terms) { terms[0] = weight.first(k, l); });
-  for (int64_t l = 0; l < s.count; ++l) inverse_sum[0][l] = T(1) / inverse_sum[0][l];
-  const T* inverse = inverse_sum[0];
-  for_each(s, [=, &s](int64_t k, int64_t l) {
-    const int64_t i = k * s.stride + l;
-    x[i] = to_storage<Storage>(softmax_value(to_compute(raw[i]), weight.again(k, l), inverse[l], smallest));
-  });
-}
-
-template <bool kept, typename Storage, typename T>
-void columns_backward(const Columns& s, const Storage* const* in, Storage* const* out, T* scratch, T) {
-  PerLane<T> largest, shift[1], sums[2];
-  const Storage *raw = in[0], *g = in[1];
-  Storage* grad_raw = out[0];
-  find_largest<1>(s, raw, largest, in + 1, shift);
-  const Weights<Storage, kept> weight{s, raw, largest, scratch};
-  const T* g_at = shift[0];
-  add_up<2>(s, sums, [=, &s](int64_t k, int64_t l, T* terms) {
-    terms[0] = weight.first(k, l);
-    terms[1] = terms[0] * (to_compute(g[k * s.stride + l]) - g_at[l]);
-  });
-  for (int64_t l = 0; l < s.count; ++l) {
-    sums[0][l] = T(1) / sums[0][l];
-    sums[1][l] *= sums[0][l];
-  }
-  const T *inverse = sums[0], *mean = sums[1];
-  for_each(s, [=, &s](int64_t k, int64_t l) {
-    const int64_t i = k * s.stride + l;
-    grad_raw[i] =
-        to_storage<Storage>(softmax_backward(weight.again(k, l) * inverse[l], to_compute(g[i]) - g_at[l], mean[l]));
-  });
-}
-
-template <bool kept, typename Storage, typename T>
-void columns_double_backward(const Columns& s, const Storage* const* in, Storage* const* out, T* scratch, T) {
-  PerLane<T> largest, shift[2], sums[3], covariance[1];
-  const Storage *raw = in[0], *along = in[1], *g = in[2];
-  find_largest<2>(s, raw, largest, in + 1, shift);
-  const Weights<Storage, kept> weight{s, raw, largest, scratch};
-  const T *along_at = shift[0], *g_at = shift[1];
-  add_up<3>(s, sums, [=, &s](int64_t k, int64_t l, T* terms) {
-    const int64_t i = k * s.stride + l;
-    terms[0] = weight.first(k, l);
-    terms[1] = terms[0] * (to_compute(along[i]) - along_at[l]);
-    terms[2] = terms[0] * (to_compute(g[i]) - g_at[l]);
-  });
-  for (int64_t l = 0; l < s.count; ++l) {
-    sums[0][l] = T(1) / sums[0][l];
-    sums[1][l] *= sums[0][l];
-    sums[2][l] *= sums[0][l];
-  }
-  const T *inverse = sums[0], *mean_along = sums[1], *mean_g = sums[2];
-  const auto product = [=](int64_t i, int64_t l) {
-    return softmax_covariance(to_compute(along[i]) - along_at[l], mean_along[l], to_compute(g[i]) - g_at[l], mean_g[l]);
-  };
-  if (Storage* for_g = out[0]) {
-    for_each(s, [=, &s](int64_t k, int64_t l) {
-      const int64_t i = k * s.stride + l;
-      const T x = weight.again(k, l) * inverse[l];
-      for_g[i] = to_storage<Storage>(softmax_backward(x, to_compute(along[i]) - along_at[l], mean_along[l]));
-    });
-  }
-  if (Storage* for_raw = out[1]) {
-    add_up<1>(s, covariance, [=, &s](int64_t k, int64_t l, T* terms) {
-      terms[0] = weight.again(k, l) * inverse[l] * product(k * s.stride + l, l);
-    });
-    const T* mean = covariance[0];
-    for_each(s, [=, &s](int64_t k, int64_t l) {
-      const int64_t i = k * s.stride + l;
-      for_raw[i] = to_storage<Storage>(softmax_backward(weight.again(k, l) * inverse[l], product(i, l), mean[l]));
-    });
-  }
-}
+#undef CO_EACH_LANE
 
 }  // namespace
 }  // namespace constrained_ops::CO_LEVEL

@@ -1,9 +1,12 @@
 // Rows that follow each other in memory into the columns of a tile, and back.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
 #include "../../math/storage.h"
+#include "../loops.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -49,53 +52,57 @@ template <typename From, typename To>
 void transpose(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t columns) {
 #if defined(CO_SHUFFLES)
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
-    const int64_t whole_rows = rows / 8 * 8, whole_columns = columns / 8 * 8;
-    for (int64_t r = 0; r < whole_rows; r += 8)
-      for (int64_t c = 0; c < whole_columns; c += 8)
-        transpose_8x8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
-    transpose_plain(from + whole_columns, from_stride, to + whole_columns * to_stride, to_stride, whole_rows,
-                    columns - whole_columns);
-    transpose_plain(from + whole_rows * from_stride, from_stride, to + whole_rows, to_stride, rows - whole_rows,
-                    columns);
-    return;
+    if (rows >= 8 && columns >= 8) {  // the last square of a line overlaps the one before
+      for (int64_t r = 0; r < rows; r = r + 8 < rows ? std::min(r + 8, rows - 8) : rows)
+        for (int64_t c = 0; c < columns; c = c + 8 < columns ? std::min(c + 8, columns - 8) : columns)
+          transpose_8x8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+      return;
+    }
   }
 #endif
   transpose_plain(from, from_stride, to, to_stride, rows, columns);
 }
 
-// A length known to the compiler turns strided access into shuffles of its own.
+// Whole tiles of short rows: a length known to the compiler turns strided access into shuffles of its own.
 template <int length, typename From, typename To>
-void interleave(const From* from, To* to, int64_t stride, int64_t n, bool into_tile) {
+void short_rows_to_tile(const From* from, To* to) {
+  constexpr int64_t lanes = RowUnits::lanes;
 #pragma GCC ivdep
-  for (int64_t l = 0; l < n; ++l)
-    for (int64_t k = 0; k < length; ++k) {
-      const int64_t in_row = l * length + k, in_tile = k * stride + l;
-      if (into_tile)
-        to[in_tile] = to_storage<To>(to_compute(from[in_row]));
-      else
-        to[in_row] = to_storage<To>(to_compute(from[in_tile]));
-    }
+  for (int64_t l = 0; l < lanes; ++l)
+    for (int64_t k = 0; k < length; ++k) to[k * lanes + l] = to_storage<To>(to_compute(from[l * length + k]));
 }
-
 template <int length, typename From, typename To>
-void interleave_either(const From* from, To* to, int64_t stride, int64_t n, bool into_tile) {
-  into_tile ? interleave<length>(from, to, stride, n, true) : interleave<length>(from, to, stride, n, false);
+void tile_to_short_rows(const From* from, To* to) {
+  constexpr int64_t lanes = RowUnits::lanes;
+#pragma GCC ivdep
+  for (int64_t l = 0; l < lanes; ++l)
+    for (int64_t k = 0; k < length; ++k) to[l * length + k] = to_storage<To>(to_compute(from[k * lanes + l]));
 }
 
-// `n` rows of `length` numbers to the tile, whose rows are `stride` apart, or back.
+// `count` rows of `length` numbers to the lanes of a tile, or back.
 template <typename From, typename To>
-void rows_and_tile(const From* from, To* to, int64_t length, int64_t stride, int64_t n, bool into_tile) {
-  switch (length) {
-    case 2:
-      return interleave_either<2>(from, to, stride, n, into_tile);
-    case 3:
-      return interleave_either<3>(from, to, stride, n, into_tile);
-    case 4:
-      return interleave_either<4>(from, to, stride, n, into_tile);
-    default:
-      return into_tile ? transpose(from, length, to, stride, n, length)
-                       : transpose(from, stride, to, length, length, n);
-  }
+void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
+  if (count == RowUnits::lanes) switch (length) {
+      case 2:
+        return short_rows_to_tile<2>(rows, tile);
+      case 3:
+        return short_rows_to_tile<3>(rows, tile);
+      case 4:
+        return short_rows_to_tile<4>(rows, tile);
+    }
+  transpose(rows, length, tile, RowUnits::lanes, count, length);
+}
+template <typename From, typename To>
+void tile_to_rows(const From* tile, To* rows, int64_t length, int64_t count) {
+  if (count == RowUnits::lanes) switch (length) {
+      case 2:
+        return tile_to_short_rows<2>(tile, rows);
+      case 3:
+        return tile_to_short_rows<3>(tile, rows);
+      case 4:
+        return tile_to_short_rows<4>(tile, rows);
+    }
+  transpose(tile, RowUnits::lanes, rows, length, length, count);
 }
 
 }  // namespace
