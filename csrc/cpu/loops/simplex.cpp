@@ -45,7 +45,7 @@ struct DoubleBackwardRows {
   }
 };
 
-// Tiles [length][tile_lanes] of the compute type, one for each operand, in memory of one thread.
+// Tiles [length][lanes] of the compute type, one for each operand, in memory of one thread.
 template <typename Rows, typename T>
 struct Tiles {
   static constexpr int64_t lanes = RowUnits::lanes;
