@@ -18,6 +18,7 @@ What the operators may rely on, because the public functions see to it:
 - Tensor bounds have raw's shape (expanded views included) and its :func:`compute_dtype`, as do their gradients.
 - Results have the layout of ``torch.empty_like(raw)``. A result whose bit in ``needed`` is 0 is an empty tensor.
 - ``dim`` is not negative; a 0-dim raw counts as one row of one.
+- ``x`` is the transform of raw, where it is at hand: an implementation may save itself computing it anew.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ ELEMENTWISE = {
 }
 ROWWISE = {
     "forward": ("Tensor raw, int dim", 1),
-    "backward": ("Tensor grad_x, Tensor raw, int dim", 1),
+    "backward": ("Tensor grad_x, Tensor raw, int dim, Tensor? x=None", 1),
     "double_backward": ("Tensor along_raw, Tensor grad_x, Tensor raw, int dim, int needed", 2),
 }
 TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Function
+from torch.compiler import is_compiling
 
 from . import _checks, _library
 from ._autograd import applier, bits, implementation, needs_graph, only
@@ -48,7 +49,7 @@ def _forward(raw: Tensor, dim: int) -> Tensor:
     return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(raw.dtype)
 
 
-def _backward(grad_x: Tensor, raw: Tensor, dim: int) -> Tensor:
+def _backward(grad_x: Tensor, raw: Tensor, dim: int, _: Tensor | None = None) -> Tensor:
     x = _softmax(raw, dim)
     return (x * _centered(x, _shifted(grad_x, raw, dim), dim)).to(raw.dtype)
 
@@ -68,12 +69,11 @@ _kernels = _library.define("simplex", {"forward": _forward, "backward": _backwar
 
 
 def _softmax_jvp(ctx: Any, raw_t: Tensor, _: None) -> Tensor:
-    (raw,) = ctx.saved_tensors
-    return _backward(raw_t, raw, ctx.dim)  # the Jacobian of softmax is symmetric
+    return _backward(raw_t, ctx.saved_tensors[0], ctx.dim)  # the Jacobian of softmax is symmetric
 
 
 class Softmax(Function):
-    """raw -> x. Saves raw, and never x."""
+    """raw -> x. Saves raw; and x where that holds all its digits and exponentials are dear, which is on CPUs."""
 
     @staticmethod
     def forward(raw: Tensor, dim: int) -> Tensor:
@@ -82,14 +82,16 @@ class Softmax(Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         raw, ctx.dim = inputs
-        ctx.save_for_backward(raw)
+        exact = raw.is_cpu and raw.dtype in (torch.float32, torch.float64) and not is_compiling()
+        ctx.save_for_backward(raw, output if exact else None)
         ctx.save_for_forward(raw)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> Any:
-        (raw,) = ctx.saved_tensors
-        compute = _softmax_backward if needs_graph() else SoftmaxBackward.forward
-        return compute(grad_x, raw, ctx.dim), None
+        raw, x = ctx.saved_tensors
+        if needs_graph():
+            return _softmax_backward(grad_x, raw, ctx.dim), None
+        return implementation(_kernels).backward(grad_x, raw, ctx.dim, x), None
 
 
 def _softmax_backward_jvp(ctx: Any, grad_x_t: Tensor | None, raw_t: Tensor | None, _: None) -> Tensor:
@@ -128,8 +130,9 @@ _softmax_backward = applier(SoftmaxBackward, _softmax_backward_jvp)
 def simplex(raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: bool = False) -> Tensor:
     """Map ``raw`` to the simplex along ``dim``: positive numbers that sum to 1.
 
-    In place of ``torch.softmax(raw, dim)``: keeps raw and not the result for backward, differentiates twice in one
-    kernel each, and never gives an exact 0 for a finite raw (an infinitely negative one gives 0: a mask).
+    In place of ``torch.softmax(raw, dim)``: differentiates twice in one kernel each, loses no digits of 16-bit
+    gradients to the rounding of x, and never gives an exact 0 for a finite raw (an infinitely negative one gives 0: a
+    mask). Like ``torch.softmax``, it keeps the result for backward on a CPU, except in 16 bits.
 
     Args:
         raw: any shape with at least one element along ``dim``; float16, bfloat16, float32 or float64.

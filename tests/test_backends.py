@@ -19,7 +19,7 @@ import constrained_ops  # noqa: F401  (defines the operators)
 from constrained_ops import _library
 from constrained_ops._library import TRANSFORMS, compute_dtype
 
-INF = math.inf
+INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 BACKENDS = ["reference", "cpu", "cuda", "triton"]
 
@@ -173,6 +173,54 @@ def test_simplex_operators_agree(kernels: Any, shape: tuple[int, ...], layout: A
         check("simplex", "forward", of("simplex", "forward"), device, raw, dim)
         check("simplex", "backward", of("simplex", "backward"), device, plain, raw, dim)
         check("simplex", "double_backward", of("simplex", "double_backward"), device, along, grad_x, raw, dim, 3)
+
+
+@pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+def test_simplex_rows_of_every_length(dtype: torch.dtype) -> None:
+    """The CPU's ways to take rows, at their edges: in registers, tiles, stages and columns, with rows left over."""
+    of = {kernel: _library.overload("simplex", kernel) for kernel in _library.ROWWISE}
+    lengths = [*range(1, 72), 95, 96, 97, 127, 128, 129, 1023, 1056, 2100]
+    for length, inner in [*((length, 1) for length in lengths), *((7, n) for n in (3, 31, 32, 40, 77)), (70, 45)]:
+        for outer in (1, 67) if length < 130 else (3,):
+            raw, along, grad_x = operands((outer, length, inner), dtype, contiguous, 3)
+            check("simplex", "forward", of["forward"], "cpu", raw, 1)
+            check("simplex", "backward", of["backward"], "cpu", grad_x, raw, 1)
+            check("simplex", "double_backward", of["double_backward"], "cpu", along, grad_x, raw, 1, 3)
+            x = of["forward"](raw, 1)
+            check("simplex", "backward", of["backward"], "cpu", grad_x, raw, 1, x)
+
+
+@pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+@pytest.mark.parametrize("length", [2, 4, 8, 11, 20, 64, 70, 1100])
+@pytest.mark.parametrize("inner", [1, 32])
+def test_simplex_rows_with_special_numbers(length: int, inner: int) -> None:
+    """A NaN or an infinite element stays in its row; a masked one gives 0, and a gradient of 0."""
+    forward, backward = _library.overload("simplex", "forward"), _library.overload("simplex", "backward")
+    raw, grad_x = operands((9, length, inner), torch.float32, contiguous, 2)
+    raw[1, -1], raw[3, 0], raw[5], raw[7, 1] = NAN, INF, -INF, -INF
+    grad_x[0, 1], grad_x[2, 0] = NAN, INF
+    x = forward(raw, 1)
+    broken = [1, 3, 5]
+    assert x[broken].isnan().all()
+    assert (x[7, 1] == 0).all()
+    assert torch.allclose(x[[0, 2, 4, 6, 7, 8]].sum(1), torch.ones(6, inner))
+    for known in (None, x):
+        grad_raw = backward(grad_x, raw, 1, known)
+        assert grad_raw[[0, 1, 2, 3, 5]].isnan().any(1).all()
+        assert grad_raw[[4, 6, 7, 8]].isfinite().all()
+        assert (grad_raw[7, 1] == 0).all()
+
+
+@pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+def test_results_that_are_not_needed() -> None:
+    raw, along, grad_x = operands((5, 20), torch.float32, contiguous, 3)
+    double_backward = _library.overload("simplex", "double_backward")
+    whole = double_backward(along, grad_x, raw, 1, 3)
+    for needed in range(4):
+        results = double_backward(along, grad_x, raw, 1, needed)
+        for i, (result, wanted) in enumerate(zip(results, whole, strict=True)):
+            assert torch.equal(result, wanted) if needed >> i & 1 else result.numel() == 0
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)

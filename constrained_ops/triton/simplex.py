@@ -260,7 +260,7 @@ def _forward(raw: Tensor, dim: int) -> Tensor:
     return x
 
 
-def _backward(grad_x: Tensor, raw: Tensor, dim: int) -> Tensor:
+def _backward(grad_x: Tensor, raw: Tensor, dim: int, _: Tensor | None = None) -> Tensor:
     (grad_raw,) = empty_results(raw, [raw.dtype], 1)
     if grad_raw.numel():
         operands = [with_layout_of(grad_raw, t) for t in (grad_x, raw)]

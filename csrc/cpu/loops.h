@@ -7,7 +7,8 @@
 
 namespace constrained_ops {
 
-enum class Kernel { forward, forward_log_det, backward, backward_log_det, double_backward };
+// backward_from_result: of the softmax of float and double, with x in the place of raw.
+enum class Kernel { forward, forward_log_det, backward, backward_log_det, backward_from_result, double_backward };
 
 // How the bounds of an elementwise transform come: as two floats, finite or not, or per element.
 enum class BoundsKind { both, lower_only, upper_only, neither, by_element };
@@ -27,7 +28,7 @@ struct RowCall {
   const void* inputs[3];  // raw, then forward: none, backward: grad_x, double_backward: along_raw, grad_x
   void* outputs[2];       // null: not wanted
 };
-// A loop works on units [begin, end): tiles of short rows, single long rows, or blocks of neighbouring rows.
+// A loop works on units [begin, end); see RowUnits.
 using RowLoop = void (*)(const RowCall& call, int64_t begin, int64_t end);
 
 constexpr int64_t sum_block = 1024;  // longer sums are added up block by block, to keep their digits
@@ -37,7 +38,7 @@ struct RowUnits {
   enum Way {
     tiles,    // short rows: `lanes` of them as the columns of a tile, copied there and back
     rows,     // rows that follow each other in memory, a few at a time
-    columns,  // longer rows with neighbours side by side, `lanes` of them at a time
+    columns,  // rows with neighbours side by side, `lanes` of them at a time
   };
   static constexpr int64_t lanes = 32;
   static constexpr int max_rows = 8;
@@ -49,9 +50,7 @@ struct RowUnits {
 
   explicit RowUnits(const RowLayout& layout) {
     const int64_t length = layout.length, inner = layout.inner;
-    // Where rows fill whole vectors, transposing pays only for the shortest.
-    const int64_t longest_in_tile = inner == 1 && length % 8 == 0 ? 16 : 64;
-    way = length <= longest_in_tile ? tiles : inner == 1 ? rows : columns;
+    way = length <= 64 && inner % lanes != 0 ? tiles : inner == 1 ? rows : columns;
     if (way == rows) {
       rows_per_unit = std::clamp<int64_t>(1024 / length, 1, max_rows);
       count = (layout.outer + rows_per_unit - 1) / rows_per_unit;

@@ -38,13 +38,15 @@ Tensor simplex_forward(const Tensor& raw, int64_t dim) {
   return x;
 }
 
-Tensor simplex_backward(const Tensor& grad_x, const Tensor& raw, int64_t dim) {
+Tensor simplex_backward(const Tensor& grad_x, const Tensor& raw, int64_t dim, const std::optional<Tensor>& x) {
   const char* op = "simplex";
   check_operand(op, "grad_x", grad_x, raw, raw.scalar_type());
+  if (x) check_operand(op, "x", *x, raw, raw.scalar_type());
+  const bool given = x && compute_dtype(raw.scalar_type()) == raw.scalar_type();  // rounded to 16 bits x would not do
   const Results results(op, raw);
-  const Tensor input = in_layout_of(raw, results.like()), g = in_layout_of(grad_x, results.like());
+  const Tensor input = in_layout_of(given ? *x : raw, results.like()), g = in_layout_of(grad_x, results.like());
   Tensor grad_raw = results.make();
-  run(op, Kernel::backward, {&input, &g}, {&grad_raw}, dim);
+  run(op, given ? Kernel::backward_from_result : Kernel::backward, {&input, &g}, {&grad_raw}, dim);
   return grad_raw;
 }
 

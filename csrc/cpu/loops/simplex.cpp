@@ -1,6 +1,8 @@
-// Softmax along rows of [outer, length, inner], three ways; see RowUnits.
+// Softmax along rows of [outer, length, inner], three ways, see RowUnits; and tiles of rows that follow each other are
+// better done in registers where rows are of a length for that.
 #include <memory>
 
+#include "simplex_blocks.h"
 #include "simplex_columns.h"
 #include "simplex_rows.h"
 #include "transpose.h"
@@ -10,38 +12,65 @@ namespace {
 
 constexpr int64_t scratch_size = 1 << 16;  // longer rows of 16-bit numbers compute their weights again
 
-// The three kernels as types, for a template argument each.
+// The kernels as types, for a template argument each.
 struct ForwardRows {
   static constexpr int inputs = 1, outputs = 1;
+  template <typename Block, typename T>
+  static void blocks(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out) {
+    blocks_forward<Block>(count, length, smallest, in[0], out[0]);
+  }
   template <int64_t lanes, typename Storage, typename T>
   static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
     columns_forward<lanes>(length, stride, smallest, in[0], out[0]);
   }
-  template <bool kept, typename Storage, typename T>
+  template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
     rows_forward<kept>(rows, length, in, out, weights, smallest);
   }
 };
+// given: x takes the place of raw.
+template <bool given>
 struct BackwardRows {
   static constexpr int inputs = 2, outputs = 1;
+  template <typename Block, typename T>
+  static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
+    blocks_backward<given, Block>(count, length, in[0], in[1], out[0]);
+  }
   template <int64_t lanes, typename Storage, typename T>
   static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
-    columns_backward<lanes>(length, stride, smallest, in[0], in[1], out[0]);
+    columns_backward<lanes, given>(length, stride, smallest, in[0], in[1], out[0]);
   }
-  template <bool kept, typename Storage, typename T>
+  template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
-    rows_backward<kept>(rows, length, in, out, weights, smallest);
+    rows_backward<given ? Weights::given : kept>(rows, length, in, out, weights, smallest);
   }
 };
 struct DoubleBackwardRows {
   static constexpr int inputs = 3, outputs = 2;
+  template <typename Block, typename T>
+  static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
+    blocks_double_backward<Block>(count, length, in[0], in[1], in[2], out[0], out[1]);
+  }
   template <int64_t lanes, typename Storage, typename T>
   static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
     columns_double_backward<lanes>(length, stride, smallest, in[0], in[1], in[2], out[0], out[1]);
   }
-  template <bool kept, typename Storage, typename T>
+  template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
     rows_double_backward<kept>(rows, length, in, out, weights, smallest);
+  }
+};
+
+// The operands of a call from an element on.
+template <typename Rows, typename Storage>
+struct Pointers {
+  const Storage* in[Rows::inputs];
+  Storage* out[Rows::outputs];
+
+  Pointers(const RowCall& call, int64_t offset) {
+    for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
+    for (int i = 0; i < Rows::outputs; ++i)
+      out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
   }
 };
 
@@ -56,6 +85,76 @@ struct Tiles {
   explicit Tiles(int64_t length) : length(length), apart(length * lanes + 16), memory(new T[count * apart]()) {}
   T* at(int tile) const { return memory.get() + tile * apart; }
 };
+
+// The kernel for rows of `length`, and how many rows it takes at a time; null if there is none.
+template <typename T>
+struct BlockKernel {
+  void (*run)(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out);
+  int rows;
+};
+template <typename Rows, typename Block, typename T>
+BlockKernel<T> block_kernel() {
+  return {Rows::template blocks<Block, T>, Block::rows};
+}
+template <typename Rows, typename T>
+BlockKernel<T> pick_blocks(int64_t length) {
+  constexpr int lanes = vector_lanes<T>;
+  if (length == 2) return block_kernel<Rows, Block<T, 2, 1>, T>();
+  if (length == 4) return block_kernel<Rows, Block<T, 4, 1>, T>();
+  if (length < lanes) return {};
+  switch ((length + lanes - 1) / lanes) {
+    case 1:
+      return block_kernel<Rows, Block<T, lanes, 1>, T>();
+    case 2:
+      return block_kernel<Rows, Block<T, lanes, 2>, T>();
+    case 3:
+      return block_kernel<Rows, Block<T, lanes, 3>, T>();
+    case 4:
+      return block_kernel<Rows, Block<T, lanes, 4>, T>();
+    case 5:
+      return block_kernel<Rows, Block<T, lanes, 5>, T>();
+    case 6:
+      return block_kernel<Rows, Block<T, lanes, 6>, T>();
+    case 7:
+      return block_kernel<Rows, Block<T, lanes, 7>, T>();
+    case 8:
+      return block_kernel<Rows, Block<T, lanes, 8>, T>();
+    default:
+      return {};
+  }
+}
+
+// Units of tiles, with rows that follow each other. Whole blocks of the compute type in place; 16-bit numbers, and what
+// does not fill a block, through memory of one thread.
+template <typename Rows, typename Storage>
+void run_blocks(const RowCall& call, const BlockKernel<compute_t<Storage>>& kernel, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const int64_t length = call.layout.length, last = std::min(end * RowUnits::lanes, call.layout.outer);
+  const T smallest = next_above<Storage>(T(0));
+  int64_t row = begin * RowUnits::lanes;
+  if constexpr (std::is_same_v<Storage, T>) {
+    const Pointers<Rows, T> at(call, row * length);
+    const int64_t count = (last - row) / kernel.rows;
+    kernel.run(count, length, smallest, at.in, at.out);
+    row += count * kernel.rows;
+    if (row == last) return;
+  }
+  const Tiles<Rows, T> memory(length);
+  const T* in[Rows::inputs];
+  T* out[Rows::outputs];
+  for (int i = 0; i < Rows::inputs; ++i) in[i] = memory.at(i);
+  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? memory.at(Rows::inputs + i) : nullptr;
+  for (; row < last; row += RowUnits::lanes) {
+    const int64_t rows = std::min(RowUnits::lanes, last - row), n = rows * length;
+    const Pointers<Rows, Storage> at(call, row * length);
+    for (int i = 0; i < Rows::inputs; ++i)
+      for (int64_t k = 0; k < n; ++k) memory.at(i)[k] = to_compute(at.in[i][k]);
+    kernel.run((rows + kernel.rows - 1) / kernel.rows, length, smallest, in, out);
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i])
+        for (int64_t k = 0; k < n; ++k) at.out[i][k] = to_storage<Storage>(out[i][k]);
+  }
+}
 
 // Where the rows of a tile lie: `count` of them, each `length` elements, `inner` apart.
 struct TileRows {
@@ -132,38 +231,34 @@ void run_rows(const RowCall& call, const RowUnits& units, int64_t begin, int64_t
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t first = unit * units.rows_per_unit, offset = first * length;
     const int rows = static_cast<int>(std::min(units.rows_per_unit, call.layout.outer - first));
-    const Storage* in[Rows::inputs];
-    Storage *out[Rows::outputs], *last = nullptr;
-    for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
-    for (int i = 0; i < Rows::outputs; ++i) {
-      out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
-      if (out[i]) last = out[i];
-    }
+    const Pointers<Rows, Storage> at(call, offset);
     T* weights = scratch.get();
-    if constexpr (std::is_same_v<Storage, T>) weights = last;
-    const auto run = kept ? Rows::template rows<true, Storage, T> : Rows::template rows<false, Storage, T>;
-    run(rows, length, in, out, weights, next_above<Storage>(T(0)));
+    if constexpr (std::is_same_v<Storage, T>) {
+      for (Storage* out : at.out)
+        if (out) weights = out;
+    }
+    const auto run = kept ? Rows::template rows<Weights::kept, Storage, T>
+                          : Rows::template rows<Weights::computed_again, Storage, T>;
+    run(rows, length, at.in, at.out, weights, next_above<Storage>(T(0)));
   }
 }
 
-// Long rows that lie side by side.
+// Rows that lie side by side.
 template <typename Rows, typename Storage>
 void run_columns(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
   const auto [outer, length, inner] = call.layout;
-  const auto smallest = next_above<Storage>(compute_t<Storage>(0));
+  const T smallest = next_above<Storage>(T(0));
   for (int64_t unit = begin; unit < end; ++unit) {
     int64_t lane = unit % units.per_outer * units.lanes;
-    const int64_t count = std::min(units.lanes, inner - lane);
-    for (const int64_t last = lane + count; lane < last; lane += count < units.lanes ? 1 : count) {
-      const int64_t offset = unit / units.per_outer * length * inner + lane;
-      const Storage* in[Rows::inputs];
-      Storage* out[Rows::outputs];
-      for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
-      for (int i = 0; i < Rows::outputs; ++i)
-        out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
-      const auto run = count == units.lanes ? Rows::template columns<units.lanes, Storage, compute_t<Storage>>
-                                            : Rows::template columns<1, Storage, compute_t<Storage>>;
-      run(length, inner, smallest, in, out);
+    for (const int64_t last = std::min(inner, lane + units.lanes); lane < last;) {
+      const Pointers<Rows, Storage> at(call, unit / units.per_outer * length * inner + lane);
+      const int64_t rest = last - lane;
+      const auto run = rest == units.lanes ? Rows::template columns<units.lanes, Storage, T>
+                       : rest >= 8         ? Rows::template columns<8, Storage, T>
+                                           : Rows::template columns<1, Storage, T>;
+      run(length, inner, smallest, at.in, at.out);
+      lane += rest == units.lanes ? units.lanes : rest >= 8 ? 8 : 1;
     }
   }
 }
@@ -171,6 +266,10 @@ void run_columns(const RowCall& call, const RowUnits& units, int64_t begin, int6
 template <typename Rows, typename Storage>
 void run(const RowCall& call, int64_t begin, int64_t end) {
   const RowUnits units(call.layout);
+  if (units.way == RowUnits::tiles && call.layout.inner == 1) {
+    const auto kernel = pick_blocks<Rows, compute_t<Storage>>(call.layout.length);
+    if (kernel.run) return run_blocks<Rows, Storage>(call, kernel, begin, end);
+  }
   const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
                     : units.way == RowUnits::rows ? run_rows<Rows, Storage>
                                                   : run_columns<Rows, Storage>;
@@ -198,7 +297,9 @@ RowLoop softmax_loop(Kernel kernel, Dtype dtype) {
     case Kernel::forward:
       return pick_loop<ForwardRows>(dtype);
     case Kernel::backward:
-      return pick_loop<BackwardRows>(dtype);
+      return pick_loop<BackwardRows<false>>(dtype);
+    case Kernel::backward_from_result:
+      return dtype == Dtype::float32 ? run<BackwardRows<true>, float> : run<BackwardRows<true>, double>;
     default:
       return pick_loop<DoubleBackwardRows>(dtype);
   }

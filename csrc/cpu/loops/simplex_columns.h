@@ -63,7 +63,8 @@ template <int64_t lanes, typename Storage, typename T>
   }
 }
 
-template <int64_t lanes, typename Storage, typename T>
+// given: `raw` holds x, its own weight.
+template <int64_t lanes, bool given, typename Storage, typename T>
 [[gnu::noinline]] void columns_backward(int64_t length, int64_t stride, T, const Storage* __restrict raw,
                                         const Storage* __restrict grad_x, Storage* __restrict grad_raw) {
   T largest[lanes], g_at[lanes], sum[lanes] = {}, sum_g[lanes] = {}, inverse[lanes], mean_g[lanes];
@@ -86,7 +87,7 @@ template <int64_t lanes, typename Storage, typename T>
       const Storage *r = raw + k * stride, *g = grad_x + k * stride;
       Storage* kept = grad_raw + k * stride;
       CO_EACH_LANE {
-        const T weight = keep_weight(r[l], largest[l], kept[l]);
+        const T weight = given ? T(to_compute(r[l])) : keep_weight(r[l], largest[l], kept[l]);
         part[l] += weight;
         part_g[l] += weight * (to_compute(g[l]) - g_at[l]);
       }
@@ -103,8 +104,10 @@ template <int64_t lanes, typename Storage, typename T>
   for (int64_t k = 0; k < length; ++k) {
     const Storage *r = raw + k * stride, *g = grad_x + k * stride;
     Storage* to = grad_raw + k * stride;
-    CO_EACH_LANE to[l] = to_storage<Storage>(
-        softmax_backward(kept_weight(r[l], largest[l], to[l]) * inverse[l], to_compute(g[l]) - g_at[l], mean_g[l]));
+    CO_EACH_LANE {
+      const T weight = given ? T(to_compute(r[l])) : kept_weight(r[l], largest[l], to[l]);
+      to[l] = to_storage<Storage>(softmax_backward(weight * inverse[l], to_compute(g[l]) - g_at[l], mean_g[l]));
+    }
   }
 }
 

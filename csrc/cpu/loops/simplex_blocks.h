@@ -1,0 +1,221 @@
+// Softmax of short rows that follow each other in memory, a block of them in registers. A row of at least a vector's
+// length is some vectors, the last of which overlaps the one before; a row of 2 or 4 is part of a vector.
+#pragma once
+
+#include <type_traits>
+#include <utility>
+
+#include "../../math/simplex.h"
+#include "../loops.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments: of functions that are inlined, all of them
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+constexpr int block_vectors = 8;  // at most
+
+template <typename T>
+constexpr int vector_lanes = 32 / sizeof(T);
+
+struct Larger {
+  template <typename V>
+  CO_HD V operator()(V a, V b) const {
+    return a > b ? a : b;
+  }
+};
+struct Plus {
+  template <typename V>
+  CO_HD V operator()(V a, V b) const {
+    return a + b;
+  }
+};
+
+// Numbers of some rows. It is copied by whole vectors: a copy in smaller pieces, as a compiler makes it of an array,
+// would hold up the vector loads that follow.
+// part: how many lanes of a vector belong to one row. per_row: how many vectors do.
+template <typename T, int part_, int per_row_, int groups_ = block_vectors / per_row_>
+class Block {
+ public:
+  static constexpr int lanes = vector_lanes<T>, part = part_, per_row = per_row_;
+  static constexpr int groups = groups_;  // of per_row vectors: one row, or lanes / part of them
+  static constexpr int vectors = groups * per_row, size = vectors * lanes;
+  static constexpr int rows = groups * (lanes / part);
+
+  CO_HD Block() {}
+  CO_HD Block(const Block& other) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] = other.vector_[v];
+  }
+  CO_HD Block(const T* from, int64_t length) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] = *reinterpret_cast<const Unaligned*>(from + start(v, length));
+  }
+  CO_HD Block& operator=(const Block& other) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] = other.vector_[v];
+    return *this;
+  }
+  // Zeros where a vector overlaps the one before: in sums these numbers are to count once.
+  CO_HD void clear_overlap(int64_t length) {
+    if constexpr (part == lanes) clear_lanes(length, std::make_integer_sequence<int, lanes>());
+  }
+  CO_HD void store(T* to, int64_t length) const {
+#pragma GCC unroll 8
+    for (int v = vectors - 1; v >= 0; --v) *reinterpret_cast<Unaligned*>(to + start(v, length)) = vector_[v];
+  }
+
+  CO_HD void clear() {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] = Vector{};
+  }
+  CO_HD void add(const T* numbers) {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] += *reinterpret_cast<const Unaligned*>(numbers + v * lanes);
+  }
+  CO_HD T sum() const {
+    Vector all = vector_[0];
+#pragma GCC unroll 8
+    for (int v = 1; v < vectors; ++v) all += vector_[v];
+    return within<1>(all, Plus())[0];
+  }
+
+  CO_HD T& operator[](int i) { return reinterpret_cast<T*>(vector_)[i]; }
+  CO_HD const T& operator[](int i) const { return reinterpret_cast<const T*>(vector_)[i]; }
+
+  // Every number becomes that of its whole row.
+  template <typename Combine>
+  CO_HD Block along_rows(Combine combine) const {
+    Block result;
+#pragma GCC unroll 8
+    for (int g = 0; g < groups; ++g) {
+      Vector all = vector_[g * per_row];
+#pragma GCC unroll 8
+      for (int v = 1; v < per_row; ++v) all = combine(all, vector_[g * per_row + v]);
+      all = within<1>(all, combine);
+#pragma GCC unroll 8
+      for (int v = 0; v < per_row; ++v) result.vector_[g * per_row + v] = all;
+    }
+    return result;
+  }
+
+ private:
+  typedef T Vector __attribute__((vector_size(32), may_alias));
+  typedef T Unaligned __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  typedef Int Mask __attribute__((vector_size(32)));
+  Vector vector_[vectors];
+
+  CO_HD static int64_t start(int v, int64_t length) {
+    if constexpr (part < lanes) return v * lanes;
+    const int in_row = v % per_row;
+    return v / per_row * length + (in_row == per_row - 1 ? length - lanes : in_row * lanes);
+  }
+
+  template <int... lane>
+  CO_HD void clear_lanes(int64_t length, std::integer_sequence<int, lane...>) {
+    const Mask index = {lane...};
+    const Mask overlap = index < static_cast<Int>(per_row * lanes - length);
+#pragma GCC unroll 8
+    for (int v = per_row - 1; v < vectors; v += per_row) vector_[v] = overlap ? Vector{} : vector_[v];
+  }
+
+  template <int distance, typename Combine>
+  CO_HD static Vector within(Vector v, Combine combine) {
+    if constexpr (distance < part)
+      return within<2 * distance>(combine(v, partners<distance>(v, std::make_integer_sequence<int, lanes>())), combine);
+    return v;
+  }
+  template <int distance, int... lane>
+  CO_HD static Vector partners(Vector v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, (lane ^ distance)...);
+  }
+};
+
+#define CO_EACH _Pragma("GCC ivdep") for (int i = 0; i < Block::size; ++i)
+
+// v less its mean over a row, in which each number counts by its weight, and the sum of weights is 1 / inverse. The
+// mean is taken of differences from a first mean: so it keeps its digits where one weight is nearly all.
+template <typename Block>
+CO_HD Block block_centered(const Block& weight, const Block& inverse, const Block& v) {
+  Block centered, product;
+  CO_EACH product[i] = weight[i] * v[i];
+  Block sum = product.along_rows(Plus());
+  CO_EACH centered[i] = v[i] - sum[i] * inverse[i];
+  CO_EACH product[i] = weight[i] * centered[i];
+  sum = product.along_rows(Plus());
+  CO_EACH centered[i] -= sum[i] * inverse[i];
+  return centered;
+}
+
+template <typename Block>
+CO_HD void block_weights(const Block& raw, int64_t length, Block& weight, Block& inverse) {
+  const Block largest = raw.along_rows(Larger());
+  CO_EACH weight[i] = softmax_lifted_weight(raw[i], largest[i]);
+  weight.clear_overlap(length);
+  const Block sum = weight.along_rows(Plus());
+  CO_EACH inverse[i] = 1 / sum[i];
+}
+
+// Each kernel takes `count` blocks of rows.
+template <typename Block, typename T>
+[[gnu::noinline]] void blocks_forward(int64_t count, int64_t length, T smallest, const T* __restrict raw,
+                                      T* __restrict x) {
+  for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
+    const Block r(raw + at, length);
+    Block weight, inverse, result;
+    block_weights(r, length, weight, inverse);
+    CO_EACH result[i] = softmax_value(r[i], weight[i], inverse[i], smallest);
+    result.store(x + at, length);
+  }
+}
+
+// given: `raw` holds x.
+template <bool given, typename Block, typename T>
+[[gnu::noinline]] void blocks_backward(int64_t count, int64_t length, const T* __restrict raw,
+                                       const T* __restrict grad_x, T* __restrict grad_raw) {
+  for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
+    const Block r(raw + at, length);
+    Block weight = r, inverse, result;
+    if constexpr (given) {
+      weight.clear_overlap(length);
+      CO_EACH inverse[i] = 1;
+    } else {
+      block_weights(r, length, weight, inverse);
+    }
+    const Block g = block_centered(weight, inverse, Block(grad_x + at, length));
+    CO_EACH result[i] = weight[i] * inverse[i] * g[i];
+    result.store(grad_raw + at, length);
+  }
+}
+
+// Either result may be null.
+template <typename Block, typename T>
+[[gnu::noinline]] void blocks_double_backward(int64_t count, int64_t length, const T* __restrict raw,
+                                              const T* __restrict along, const T* __restrict grad_x,
+                                              T* __restrict for_g, T* __restrict for_raw) {
+  for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
+    const Block r(raw + at, length);
+    Block weight, inverse, result;
+    block_weights(r, length, weight, inverse);
+    const Block a = block_centered(weight, inverse, Block(along + at, length));
+    const Block g = block_centered(weight, inverse, Block(grad_x + at, length));
+    if (for_g) {
+      CO_EACH result[i] = weight[i] * inverse[i] * a[i];
+      result.store(for_g + at, length);
+    }
+    if (for_raw) {
+      Block product, sum;
+      CO_EACH product[i] = a[i] * g[i];
+      CO_EACH result[i] = weight[i] * product[i];
+      sum = result.along_rows(Plus());
+      CO_EACH result[i] = weight[i] * inverse[i] * (product[i] - sum[i] * inverse[i]);
+      result.store(for_raw + at, length);
+    }
+  }
+}
+
+#undef CO_EACH
+
+}  // namespace
+}  // namespace constrained_ops::CO_LEVEL
