@@ -19,7 +19,6 @@ class Sigmoid(NamedTuple):
     e: Any
     near: Any
     far: Any  # 1 - near = 1 / (1 + e)
-    correction: Any  # near + far * correction is e / (1 + e) to half a unit more
     slope: Any  # s (1 - s)
     tanh_half: Any  # tanh(raw / 2)
     log1p_e: Any
@@ -31,17 +30,13 @@ def sigmoid_at(raw):
     magnitude = tl.abs(raw)
     exponential = exp_nonpositive(-magnitude)
     e = exponential.exp
-    sum = 1.0 + e
-    sum_error = e - (sum - 1.0)
-    near = divide(e, sum)
-    far = 1.0 - near
-    # What rounding took from sum and quotient, to first order.
-    remainder = tl.fma(-near, sum, e)
-    correction = remainder - near * sum_error
+    quotient = divide(e, 1.0 + e)
+    far = 1.0 - quotient
+    near = tl.fma(far, tl.fma(-e, quotient, e) - quotient, quotient)  # a step of Newton's: rounded once, not twice
     tanh_magnitude = -exponential.expm1 * far
     upper_half = raw >= 0.0
     tanh_half = tl.where(upper_half, tanh_magnitude, -tanh_magnitude)
-    return Sigmoid(raw, magnitude, e, near, far, correction, near * far, tanh_half, log1p_unit(e), upper_half)
+    return Sigmoid(raw, magnitude, e, near, far, quotient * far, tanh_half, log1p_unit(e), upper_half)
 
 
 @triton.jit
@@ -68,7 +63,7 @@ def softplus_minus(s):
 
 @triton.jit
 def interval_from(s, b):
-    distance = b.width * s.near + b.width * s.far * s.correction
+    distance = b.width * s.near
     return Point(
         x=tl.where(s.upper_half, b.upper - distance, b.lower + distance),
         x_raw=b.width * s.slope,

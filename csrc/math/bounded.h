@@ -16,10 +16,9 @@ namespace constrained_ops {
 template <typename T>
 struct Sigmoid {
   T raw, magnitude, e;
-  T near, far;   // far = 1 - near = 1 / (1 + e)
-  T correction;  // near + far * correction is e / (1 + e) to half a unit more
-  T slope;       // s (1 - s)
-  T tanh_half;   // tanh(raw / 2)
+  T near, far;  // far = 1 - near = 1 / (1 + e)
+  T slope;      // s (1 - s)
+  T tanh_half;  // tanh(raw / 2)
   T log1p_e;
   bool upper_half;  // raw >= 0
 
@@ -27,15 +26,11 @@ struct Sigmoid {
     const T magnitude = magnitude_of(raw);
     const Exp<T> exponential = exp_nonpositive(-magnitude);
     const T e = exponential.exp;
-    const T sum = T(1) + e, sum_error = e - (sum - T(1));
-    const T near = e / sum, far = T(1) - near;
-    // What rounding took from sum and quotient, to first order.
-    const T remainder = CO_HAS_FMA ? fused_multiply_add(-near, sum, e) : T(0);
-    const T correction = remainder - near * sum_error;
+    const T quotient = e / (T(1) + e), far = T(1) - quotient;
+    const T near = quotient + far * ((e - e * quotient) - quotient);  // a step of Newton's: rounded once, not twice
     const T tanh_magnitude = -exponential.expm1 * far;
     const bool upper_half = raw >= T(0);
-    return {raw,           magnitude,  e,          near,
-            far,           correction, near * far, upper_half ? tanh_magnitude : -tanh_magnitude,
+    return {raw,           magnitude, e, near, far, quotient * far, upper_half ? tanh_magnitude : -tanh_magnitude,
             log1p_unit(e), upper_half};
   }
 
@@ -48,7 +43,7 @@ struct Sigmoid {
 struct Interval {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
-    const T distance = b.width * s.near + b.width * s.far * s.correction;
+    const T distance = b.width * s.near;
     Point<T> p;
     p.x = s.upper_half ? b.upper - distance : b.lower + distance;
     p.x_raw = b.width * s.slope;

@@ -14,13 +14,6 @@
 #define CO_HD inline __attribute__((always_inline))
 #endif
 
-// A fused multiply-add in hardware. Without one the formulas leave out what only an exact product can correct.
-#if defined(__CUDACC__) || defined(__FMA__) || defined(__aarch64__)
-#define CO_HAS_FMA 1
-#else
-#define CO_HAS_FMA 0
-#endif
-
 namespace constrained_ops {
 
 template <typename To, typename From>
@@ -62,9 +55,6 @@ struct Format<double> {
   static constexpr Int lift = 128;
   static constexpr double round_magic = 6755399441055744.0 + exponent_bias + lift;  // 1.5 * 2^52 + ...
 };
-
-CO_HD float fused_multiply_add(float a, float b, float c) { return ::fmaf(a, b, c); }
-CO_HD double fused_multiply_add(double a, double b, double c) { return ::fma(a, b, c); }
 
 template <typename T>
 CO_HD bool is_finite(T x) {
