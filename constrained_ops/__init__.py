@@ -1,10 +1,11 @@
-"""Fused operators for constrained parameters: bounded, positive, simplex."""
+"""Fused operators for constrained parameters: bounded, positive, simplex, and the projection onto it."""
 
 from . import _library
 from ._info import build_info
 from ._library import backend
 from .bounded import bounded, bounded_inverse
 from .positive import positive, positive_inverse
+from .projection import project_simplex
 from .simplex import simplex, simplex_inverse
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "build_info",
     "positive",
     "positive_inverse",
+    "project_simplex",
     "simplex",
     "simplex_inverse",
 ]
