@@ -29,19 +29,17 @@ from ._library import compute_dtype
 # --- Reference -----------------------------------------------------------------------------------------------------
 
 
-def _project(x: Tensor, u: Tensor, dim: int, total: float) -> Tensor:
-    """y in the dtype of x, by sorting; x at least 1-dim.
+def _project(x: Tensor, u: Tensor, high: Tensor, low: Tensor, dim: int, total: float) -> Tensor:
+    """y in the dtype of x, by sorting, given high + low < lambda.
 
     lambda is a sum of two numbers, so that x - lambda u has no rounding beyond its own however large x is, and two
     Newton steps from what is left over set the sum right.
     """
     eps = torch.finfo(x.dtype).eps
-    bound = ((x - total) / u).amax(dim, keepdim=True)
-    high = bound - 4 * eps * bound.abs()  # safely below lambda; an infinite one makes NaN of the row
-    z = x - high * u
+    z = (x - high * u) - low * u
     order = (z / u).argsort(dim, descending=True)
-    low = ((z.gather(dim, order).cumsum(dim) - total) / u.gather(dim, order).cumsum(dim)).amax(dim, keepdim=True)
-    low = low - 4 * eps * low.abs()
+    rise = ((z.gather(dim, order).cumsum(dim) - total) / u.gather(dim, order).cumsum(dim)).amax(dim, keepdim=True)
+    low = low + (rise - 4 * eps * rise.abs())
     for _ in range(2):
         high, low = _two_sum(high, low)
         rest = (x - high * u) - low * u
@@ -60,16 +58,22 @@ def _two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _forward_weighted(x: Tensor, weight: Tensor, dim: int, total: float) -> Tensor:
+    if x.dim() == 0:
+        return _forward_weighted(x[None], weight[None], 0, total)[0]
     compute = compute_dtype(x.dtype)
     u = weight.to(compute).reciprocal()
     v = torch.where((u > 0) & (u < torch.inf), x.to(compute), torch.nan)
-    if x.dim() == 0:
-        return _project(v[None], u[None], 0, total)[0].to(x.dtype)
-    return _project(v, u, dim, total).to(x.dtype)
+    bound = ((v - total) / u).amax(dim, keepdim=True)
+    below = bound - 4 * torch.finfo(compute).eps * bound.abs()  # an infinite bound makes NaN of the row
+    return _project(v, u, below, torch.zeros_like(below), dim, total).to(x.dtype)
 
 
 def _forward(x: Tensor, dim: int, total: float) -> Tensor:
-    return _forward_weighted(x, torch.ones_like(x), dim, total)
+    if x.dim() == 0:
+        return _forward(x[None], 0, total)[0]
+    v = x.to(compute_dtype(x.dtype))
+    largest = v.amax(dim, keepdim=True)
+    return _project(v, torch.ones_like(v), largest, torch.full_like(largest, -total), dim, total).to(x.dtype)
 
 
 def _on_support(v: Tensor, y: Tensor) -> Tensor:
