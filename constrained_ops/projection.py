@@ -29,24 +29,23 @@ from ._library import compute_dtype
 # --- Reference -----------------------------------------------------------------------------------------------------
 
 
-def _project(x: Tensor, u: Tensor, high: Tensor, low: Tensor, dim: int, total: float) -> Tensor:
-    """y in the dtype of x, by sorting, given high + low < lambda.
+def _project(x: Tensor, u: Tensor, anchor: Tensor, dim: int, total: float) -> Tensor:
+    """y in the dtype of x, by sorting. ``anchor`` is near lambda as seen from the largest x.
 
-    lambda is a sum of two numbers, so that x - lambda u has no rounding beyond its own however large x is, and two
-    Newton steps from what is left over set the sum right.
+    lambda is a sum: the anchor, and two numbers for the distance from there, so that even a million small y keep their
+    digits. Two Newton steps from what is left over set the sum right.
     """
-    eps = torch.finfo(x.dtype).eps
-    z = (x - high * u) - low * u
+    z = x - anchor * u
     order = (z / u).argsort(dim, descending=True)
-    rise = ((z.gather(dim, order).cumsum(dim) - total) / u.gather(dim, order).cumsum(dim)).amax(dim, keepdim=True)
-    low = low + (rise - 4 * eps * rise.abs())
+    high = ((z.gather(dim, order).cumsum(dim) - total) / u.gather(dim, order).cumsum(dim)).amax(dim, keepdim=True)
+    high = high - 4 * torch.finfo(x.dtype).eps * high.abs()  # not beyond lambda, where the support might be empty
+    low = torch.zeros_like(high)
     for _ in range(2):
-        high, low = _two_sum(high, low)
-        rest = (x - high * u) - low * u
+        rest = (z - high * u) - low * u
         inside = rest > 0
         excess = torch.where(inside, rest, 0.0).sum(dim, keepdim=True) - total
-        low = low + excess / torch.where(inside, u, 0.0).sum(dim, keepdim=True)
-    y = (x - high * u) - low * u
+        high, low = _two_sum(high, low + excess / torch.where(inside, u, 0.0).sum(dim, keepdim=True))
+    y = (z - high * u) - low * u
     return torch.where(y <= 0, 0.0, y)
 
 
@@ -63,17 +62,14 @@ def _forward_weighted(x: Tensor, weight: Tensor, dim: int, total: float) -> Tens
     compute = compute_dtype(x.dtype)
     u = weight.to(compute).reciprocal()
     v = torch.where((u > 0) & (u < torch.inf), x.to(compute), torch.nan)
-    bound = ((v - total) / u).amax(dim, keepdim=True)
-    below = bound - 4 * torch.finfo(compute).eps * bound.abs()  # an infinite bound makes NaN of the row
-    return _project(v, u, below, torch.zeros_like(below), dim, total).to(x.dtype)
+    return _project(v, u, ((v - total) / u).amax(dim, keepdim=True), dim, total).to(x.dtype)
 
 
 def _forward(x: Tensor, dim: int, total: float) -> Tensor:
     if x.dim() == 0:
         return _forward(x[None], 0, total)[0]
     v = x.to(compute_dtype(x.dtype))
-    largest = v.amax(dim, keepdim=True)
-    return _project(v, torch.ones_like(v), largest, torch.full_like(largest, -total), dim, total).to(x.dtype)
+    return _project(v, torch.ones_like(v), v.amax(dim, keepdim=True), dim, total).to(x.dtype)
 
 
 def _on_support(v: Tensor, y: Tensor) -> Tensor:
@@ -224,7 +220,7 @@ def project_simplex(x: Tensor, dim: int = -1, *, total: float = 1.0, weight: Ten
         total: a positive number; its product with the size of ``dim`` must not overflow.
         weight: a positive tensor that broadcasts to the shape of x, in any real dtype, on its device; only ratios
             within a row matter. A weight that is not positive, or whose reciprocal is 0 or infinite, makes its row NaN:
-            a check would wait for the device.
+            a check would wait for the device. Rounding it moves y by as much as rounding x does.
 
     Returns:
         y: shape, dtype and layout of x. Sums are right to 1e-6 in float32, to the rounding of each element in 16 bits.
