@@ -4,9 +4,11 @@
 // A program has `inputs` and `results` (result k takes the place of input k) and works on values[inputs][items], with
 // `padding(k)` where a row has ended:
 //   whole(group, values)             rows that are all in registers, several at a time
-//   State, add(state, values)        rows in parts: what one part adds to the state of the row
-//   Extra, extend(state, values)     ... and what a second reading of a part adds, if `rereads`
-//   finish(state, extra, values)     the results of a part
+//   State, add(state, values)              rows in parts: what one part adds to the state of the row
+//   Known, know(state)                     ... what follows from the state of the whole row
+//   Extra, extend(known, extra, values)    ... what another reading of a part adds, if `rereads`
+//   again(known, extra)                    ... and whether one more reading has to follow
+//   finish(known, extra, values)           the results of a part
 #pragma once
 
 #include <cuda_runtime.h>
@@ -138,16 +140,20 @@ __global__ void __launch_bounds__(threads, 1)
       program.add(state[0], values);
     }
     group.merge(state);
+    typename Program::Known known = program.know(state[0]);
     if constexpr (Program::rereads) {
-      for (int64_t at = 0; at < rows.length; at += part) {
-        load_items<vector>(operands, row.from(at), group, values);
-        program.extend(state[0], extra[0], values);
-      }
-      group.merge(extra);
+      do {
+        extra[0] = Program::Extra::none();
+        for (int64_t at = 0; at < rows.length; at += part) {
+          load_items<vector>(operands, row.from(at), group, values);
+          program.extend(known, extra[0], values);
+        }
+        group.merge(extra);
+      } while (group.any(program.again(known, extra[0])));
     }
     for (int64_t at = 0; at < rows.length; at += part) {
       load_items<vector>(operands, row.from(at), group, values);
-      program.finish(state[0], extra[0], values);
+      program.finish(known, extra[0], values);
       store_items<vector>(operands, row.from(at), group, values);
     }
   }
@@ -171,7 +177,8 @@ inline int round_up_to_power_of_two(int64_t n) {
 
 template <typename Program>
 constexpr int state_bytes(bool in_parts) {
-  return static_cast<int>(in_parts ? sizeof(typename Program::State) : sizeof(typename Program::Part));
+  return static_cast<int>(in_parts ? std::max(sizeof(typename Program::State), sizeof(typename Program::Extra))
+                                   : sizeof(typename Program::Part));
 }
 
 template <int vector, int items, int batch, int width, typename Program, typename Storage>
