@@ -11,7 +11,7 @@ template <typename Scalar, bool weighted>
 struct Project {
   using T = Scalar;
   static constexpr int inputs = weighted ? 2 : 1, results = 1;
-  static constexpr bool rereads = true;
+  static constexpr bool rereads = true, heavy = weighted;
 
   // The largest bound of lambda.
   struct State {
@@ -134,7 +134,7 @@ struct ProjectBackward {
   using T = Scalar;
   static constexpr int inputs = 2 + weighted + to_weight, results = 1 + to_weight;
   static constexpr int y_at = 1 + weighted, x_at = inputs - 1;
-  static constexpr bool rereads = false;
+  static constexpr bool rereads = false, heavy = false;
 
   using State = Sums<T, 2 + to_weight>;  // over the support: of g u, of u, of x - y
   using Part = State;

@@ -2,7 +2,7 @@
 // what: a group of threads (reduce.cuh) takes a row, each thread `items` numbers of it, `vector` neighbours at a time.
 //
 // A program has `inputs` and `results` (result k takes the place of input k) and works on values[inputs][items], with
-// `padding(k)` where a row has ended:
+// `padding(k)` where a row has ended; it is `heavy` if that leaves it too few registers:
 //   whole(group, values)             rows that are all in registers, several at a time
 //   State, add(state, values)              rows in parts: what one part adds to the state of the row
 //   Known, know(state)                     ... what follows from the state of the whole row
@@ -167,7 +167,7 @@ constexpr int lane_threads = 256, column_threads = 512, block_threads = 1024;
 template <typename Storage>
 constexpr int few_items = 32 / static_cast<int>(sizeof(compute_t<Storage>));
 template <typename Program, typename Storage>
-constexpr int most_items = (Program::inputs < 3 ? 2 : 1) * few_items<Storage>;
+constexpr int most_items = (Program::inputs < 3 && !Program::heavy ? 2 : 1) * few_items<Storage>;
 
 inline int round_up_to_power_of_two(int64_t n) {
   int power = 1;
@@ -215,8 +215,8 @@ void launch_contiguous(const Queue& queue, const RowOperands<Program, Storage>& 
   if constexpr (most > few) {
     if (length <= most * block_threads) return launch_blocks<vector, most>(queue, operands, rows, program);
   }
-  constexpr int threads =
-      sizeof(compute_t<Storage>) == 8 ? block_threads / 2 : block_threads;  // as the registers allow
+  constexpr bool few_registers = sizeof(compute_t<Storage>) == 8 || Program::heavy;
+  constexpr int threads = few_registers ? block_threads / 2 : block_threads;
   const BlockGroup group(threads, state_bytes<Program>(true));
   launch(queue, Grid(limit_blocks(rows.count, threads, queue), threads, group.shared_bytes()),
          long_row_kernel<threads, few, vector, Program, Storage, BlockGroup>, operands, rows, group, program);

@@ -37,7 +37,7 @@ template <typename Scalar, int order>
 struct Softmax {
   using T = Scalar;
   static constexpr int inputs = 1 + order, results = order == 2 ? 2 : 1;
-  static constexpr bool rereads = order == 2;
+  static constexpr bool rereads = order == 2, heavy = false;
 
   using Part =
       Sums<T, inputs>;       // of the weights, and of the weights times the other inputs less their values at the peak
