@@ -64,10 +64,21 @@ struct RowUnits {
   }
 };
 
+enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
+
+struct ProjectionCall {
+  RowLayout layout;
+  const void* inputs[4];  // forward: x[, weight]; backward: grad_y, y[, weight[, x]]
+  void* outputs[2];       // null: not wanted
+  double total;
+};
+using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
+
 #define CO_DECLARE_LOOPS                                                           \
   ElementwiseLoop bounded_loop(Kernel kernel, Dtype dtype, BoundsKind bounds);     \
   ElementwiseLoop exponential_loop(Kernel kernel, Dtype dtype, BoundsKind bounds); \
-  RowLoop softmax_loop(Kernel kernel, Dtype dtype);
+  RowLoop softmax_loop(Kernel kernel, Dtype dtype);                                \
+  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);
 
 namespace baseline {
 CO_DECLARE_LOOPS

@@ -9,37 +9,29 @@
 // lambda is a sum, anchor + high + low. z_i = x_i - anchor u_i is rounded once and taken as given from there on; the
 // distance that is left has two numbers' digits, so that a million small y add up to total, and numbers far larger than
 // total lose no more than z does.
+//
+// T is a number, or a vector of numbers whose type is S. Products are subtracted with one rounding where the compiler
+// may contract, as it may in all builds for real.
 #pragma once
 
 #include "numeric.h"
 
 namespace constrained_ops {
 
-// a - b c, rounded once where the hardware can.
-template <typename T>
-CO_HD T minus_product(T a, T b, T c) {
-#if CO_HAS_FMA
-  return fused_multiply_add(-b, c, a);
-#else
-  return a - b * c;
-#endif
-}
-
 // The larger of two, NaN if either is.
 template <typename T>
 CO_HD T larger_or_nan(T a, T b) {
-  return b > a || b != b ? b : a;
+  return (b > a) | (b != b) ? b : a;
 }
 
 // Turns a weight into u, and x into NaN where there is no such weight. Returns x's lower bound of lambda: the lambda
 // that would leave x nothing but total. Without a weight, x itself.
-template <bool weighted, typename T>
-CO_HD T projection_bound(T& x, T& weight, T total) {
+template <bool weighted, typename T, typename S>
+CO_HD T projection_bound(T& x, T& weight, S total) {
   if constexpr (weighted) {
-    const T d = weight;
-    weight = T(1) / d;
-    const bool possible = weight > T(0) && weight < std::numeric_limits<T>::infinity();
-    x = possible ? x : std::numeric_limits<T>::quiet_NaN();
+    const T d = weight, no_number = T{} + std::numeric_limits<S>::quiet_NaN();
+    weight = S(1) / d;
+    x = (weight > S(0)) & (weight < std::numeric_limits<S>::infinity()) ? x : no_number;
     return (x - total) * d;
   } else {
     return x;
@@ -55,54 +47,57 @@ struct Ascent {
 
   // From the largest bound of the row, downwards by more than rounding could have lifted it. An infinite one, as a row
   // with +inf or of nothing but -inf has, makes NaN of the row.
-  template <bool weighted>
-  CO_HD static Ascent from(T bound, T total) {
-    constexpr T eps = std::numeric_limits<T>::epsilon();
-    const T below = weighted ? bound - 4 * eps * magnitude_of(bound) : bound;
+  template <bool weighted, typename S>
+  CO_HD static Ascent from(T bound, S total) {
+    constexpr S eps = std::numeric_limits<S>::epsilon();
+    const T no_number = T{} + std::numeric_limits<S>::quiet_NaN();
+    const T below = weighted ? bound - 4 * eps * (bound < S(0) ? -bound : bound) : bound;
     // Residual times slope falls to a quarter or less with each step: 100 are more than any row of numbers can take.
-    return {is_finite(bound) ? below : std::numeric_limits<T>::quiet_NaN(), weighted ? T(0) : -total, T(0),
-            std::numeric_limits<T>::infinity(), T(100)};
+    return {bound - bound == S(0) ? below : no_number, weighted ? T{} : T{} - total, T{},
+            T{} + std::numeric_limits<S>::infinity(), T{} + S(100)};
   }
 
   // What a reading found on S: the sum of z - lambda u, and that of u. Short of the last step, a step stays behind
   // by more than the rounding of the sum, lest it should overshoot and leave the support empty.
-  CO_HD void step(T sum, T sum_u, T total) {
-    constexpr T eps = std::numeric_limits<T>::epsilon();
+  template <typename S>
+  CO_HD void step(T sum, T sum_u, S total) {
+    constexpr S eps = std::numeric_limits<S>::epsilon();
+    const T no_number = T{} + std::numeric_limits<S>::quiet_NaN();
     const T excess = sum - total;
-    const bool settled = !(excess > 8 * eps * total) || (sum_u >= slope && sum <= 2 * total) || left == T(1);
-    const T rise = (settled ? excess : excess - 4 * eps * sum) / sum_u;
-    const T more = low + (sum_u > T(0) ? rise : std::numeric_limits<T>::quiet_NaN());
+    const auto unsettled = (excess > 8 * eps * total) & ((sum_u < slope) | (sum > 2 * total)) & (left > S(1));
+    const T rise = (unsettled ? excess - 4 * eps * sum : excess) / sum_u;
+    const T more = low + (sum_u > S(0) ? rise : no_number);
     // high + more, and what rounding takes from it (Knuth).
     const T raised = high + more, added = raised - high;
     const T rest = (high - (raised - added)) + (more - added);
-    const bool going = left > T(0);
+    const auto going = left > S(0);
     high = going ? raised : high;
     low = going ? rest : low;
     slope = going ? sum_u : slope;
-    left = going && !settled ? left - T(1) : T(0);
+    left = going & unsettled ? left - S(1) : T{};
   }
 };
 
 template <bool weighted, typename T>
 CO_HD T projection_anchored(T x, T u, T anchor) {
-  return weighted ? minus_product(x, anchor, u) : x - anchor;
+  return weighted ? x - anchor * u : x - anchor;
 }
 
 // z - lambda u: positive on S, where it is y.
 template <bool weighted, typename T>
 CO_HD T projection_rest(T z, T u, T high, T low) {
-  return weighted ? minus_product(minus_product(z, high, u), low, u) : (z - high) - low;
+  return weighted ? (z - high * u) - low * u : (z - high) - low;
 }
 
 template <typename T>
 CO_HD T projection_value(T rest) {
-  return rest <= T(0) ? T(0) : rest;
+  return rest <= T{} ? T{} : rest;
 }
 
 // Whether a result counts as of the support: a NaN does, so that a row of it stays NaN.
 template <typename T>
-CO_HD bool projection_supports(T y) {
-  return y != T(0);
+CO_HD auto projection_supports(T y) {
+  return y != T{};
 }
 
 // The gradient to x on S, and from it that to the weight.
