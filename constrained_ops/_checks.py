@@ -60,6 +60,24 @@ def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None
         raise ValueError(f"{op}: upper - lower overflows {compute}, got lower={lower} and upper={upper}")
 
 
+def ordered(op: str, lower: Bound, upper: Bound) -> None:
+    """Check bounds by themselves, elements of tensors included, which waits for the device."""
+    for argument, bound in (("lower", lower), ("upper", upper)):
+        if not isinstance(bound, (int, float, Tensor)):
+            raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
+        if isinstance(bound, Tensor) and (bound.is_complex() or bound.dtype == torch.bool):
+            raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
+    below, above = (torch.as_tensor(bound).detach().double().cpu() for bound in (lower, upper))
+    try:
+        below, above = torch.broadcast_tensors(below, above)
+    except RuntimeError:
+        shapes = f"{tuple(below.shape)} and {tuple(above.shape)}"
+        raise ValueError(f"{op}: lower and upper must broadcast to one shape, got {shapes}") from None
+    if (wrong := ~(below < above)).any():  # a NaN is caught here as well
+        pair = f"lower={below[wrong][0].item()} and upper={above[wrong][0].item()}"
+        raise ValueError(f"{op}: lower must be less than upper, got {pair}")
+
+
 def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The smallest and the largest number of ``dtype`` strictly between the bounds, in the bounds' dtype."""
     return next_above(lower, dtype), -next_above(-upper, dtype)
