@@ -93,11 +93,17 @@ class ConstrainedAdam(Optimizer):
                     self._check_grad(i, j)
                     self._check_state(i, j)
                     pending.append((i, j, bindings[p].record, self._state_dtype(i, j)))
-        raws = [self._renewed_raw(i, j, record) for i, j, record, _ in pending]
+        in_force = {} if self._prepared is None else self._prepared.raws_in_force()
+        raws = [
+            None
+            if record is not None and in_force.get(self._param(i, j)) is record
+            else self._renewed_raw(i, j, record)
+            for i, j, record, _ in pending
+        ]
 
         self._bindings = bindings
         slots = [self._slot(*each, raw) for each, raw in zip(pending, raws, strict=True)]
-        params = [self.param_groups[i]["params"][j] for i, j, *_ in pending]
+        params = [self._param(i, j) for i, j, *_ in pending]
         self._positions = [(i, j) for i, j, *_ in pending]
         self._prepared = Prepared(self, params, slots)
         return self._prepared, [local_grad(p, p.grad) for p in params]
@@ -121,7 +127,7 @@ class ConstrainedAdam(Optimizer):
         """
         if record is None or not self._reparametrized:
             return None
-        p = self.param_groups[i]["params"][j]
+        p = self._param(i, j)
         part = local(p)
         raw = self.state.get(p, {}).get("raw")
         if raw is None:
@@ -199,7 +205,7 @@ class ConstrainedAdam(Optimizer):
         return Binding(given, fitted_to, record)
 
     def _check_grad(self, i: int, j: int) -> None:
-        p = self.param_groups[i]["params"][j]
+        p = self._param(i, j)
         if p.grad.layout != torch.strided:
             raise RuntimeError(f"{self._where(i, j)} has a gradient of layout {p.grad.layout}; it must be dense")
         if p.grad.dtype != p.dtype or is_sharded(p.grad) != is_sharded(p):
@@ -207,7 +213,7 @@ class ConstrainedAdam(Optimizer):
             raise TypeError(f"{self._where(i, j)} is {kinds[0]}, its gradient {kinds[1]}")
 
     def _check_state(self, i: int, j: int) -> None:
-        p = self.param_groups[i]["params"][j]
+        p = self._param(i, j)
         for name, value in self.state.get(p, {}).items():
             if name in (*MOMENTS, "raw") and value.shape != p.shape:
                 shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
@@ -223,6 +229,9 @@ class ConstrainedAdam(Optimizer):
             allowed = " or ".join(dict.fromkeys(map(str, (compute, p.dtype))))
             raise ValueError(f"{self._where(i, j)} is {p.dtype}: state_dtype must be {allowed}, got {dtype}")
         return dtype
+
+    def _param(self, i: int, j: int) -> Any:
+        return self.param_groups[i]["params"][j]
 
     def _label(self, i: int, j: int) -> str:
         names = self.param_groups[i].get("param_names")

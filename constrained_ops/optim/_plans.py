@@ -104,15 +104,6 @@ class Launch(NamedTuple):
     device: torch.device
     indices: list[int]  # of its slots among all
 
-    def run(self, grads: list[Tensor], hyper: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        if len(self.indices) != len(grads):
-            grads = [grads[i] for i in self.indices]
-        if grad_scale is not None:
-            grad_scale = grad_scale.to(self.device)
-        if found_inf is not None:
-            found_inf = found_inf.to(self.device)
-        self.plan.run(grads, hyper, grad_scale, found_inf)
-
 
 def launches(slots: Sequence[Slot]) -> list[Launch]:
     """One plan per device, dtype and state dtype."""
@@ -126,6 +117,7 @@ def launches(slots: Sequence[Slot]) -> list[Launch]:
 
 
 _structure = itemgetter("constraint", "amsgrad", "capturable", "state_dtype")
+_params = itemgetter("params")
 _grad = attrgetter("grad")
 _version = attrgetter("_version")
 
@@ -143,8 +135,7 @@ class Prepared:
         self.launches = launches(slots)
         self.backend = _library._backend
         self.structure = list(map(_structure, groups))
-        self.members = [list(group["params"]) for group in groups]
-        self.all_params = list(chain.from_iterable(self.members))
+        self.all_params = list(chain.from_iterable(map(_params, groups)))
         self.params = params  # those that have a slot
         self.grad_types = list(map(type, map(_grad, self.all_params)))
         self.with_grad = None if len(params) == len(self.all_params) else [p.grad is not None for p in self.all_params]
@@ -164,7 +155,7 @@ class Prepared:
         if (
             _library._backend is not self.backend
             or list(map(_structure, groups)) != self.structure
-            or not all(_identical(group["params"], known) for group, known in zip(groups, self.members, strict=True))
+            or not _identical(list(chain.from_iterable(map(_params, groups))), self.all_params)
             or not _identical(optimizer.state.values(), self.all_states)
             or not _identical(list(chain.from_iterable(map(dict.values, self.states))), self.state_tensors)
         ):
@@ -186,12 +177,24 @@ class Prepared:
         """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
         return self._versions() != self.versions
 
+    def raws_in_force(self) -> dict[Tensor, Record | None]:
+        """The constraints of the parameters whose raw is known to lead to them."""
+        if self.written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
+            return {}
+        known = zip(self.params, self.slots, self.states, strict=True)
+        return {p: slot.constraint for p, slot, state in known if slot.raw is not None and slot.raw is state.get("raw")}
+
     def accept(self) -> None:
         self.versions = self._versions()
 
     def run(self, grads: list[Tensor], hyper: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        for launch in self.launches:
-            launch.run(grads, hyper, grad_scale, found_inf)
+        for plan, device, indices in self.launches:
+            own = grads if len(indices) == len(grads) else [grads[i] for i in indices]
+            if grad_scale is not None:
+                grad_scale = grad_scale.to(device)
+            if found_inf is not None:
+                found_inf = found_inf.to(device)
+            plan.run(own, hyper, grad_scale, found_inf)
         self.versions += len(self.transformed)
 
     def _versions(self) -> int:
