@@ -94,12 +94,12 @@ class ConstrainedAdam(Optimizer):
                     self._check_state(i, j)
                     pending.append((i, j, bindings[p].record, self._state_dtype(i, j)))
         in_force = {} if self._prepared is None else self._prepared.raws_in_force()
-        raws = [
-            None
-            if record is not None and in_force.get(self._param(i, j)) is record
-            else self._renewed_raw(i, j, record)
-            for i, j, record, _ in pending
-        ]
+        raws = []
+        for i, j, record, _ in pending:
+            p = self._param(i, j)
+            constraint, raw = in_force.get(p, (None, None))
+            holds = raw is not None and constraint is record and self.state.get(p, {}).get("raw") is raw
+            raws.append(None if holds else self._renewed_raw(i, j, record))
 
         self._bindings = bindings
         slots = [self._slot(*each, raw) for each, raw in zip(pending, raws, strict=True)]
@@ -291,7 +291,7 @@ class ConstrainedAdam(Optimizer):
         p = group["params"][j]
         state = self.state[p]
         if "step" in saved:
-            state["step"] = _step_counter(group, p, saved["step"])
+            state["step"] = _step_counter(group, p, saved["step"]).clone()
         for name in (*MOMENTS, "raw"):
             if name in saved:
                 dtype = compute_dtype(p.dtype) if name == "raw" else self._state_dtype(i, j)

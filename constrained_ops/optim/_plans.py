@@ -119,6 +119,7 @@ def launches(slots: Sequence[Slot]) -> list[Launch]:
 _structure = itemgetter("constraint", "amsgrad", "capturable", "state_dtype")
 _params = itemgetter("params")
 _grad = attrgetter("grad")
+_dtype = attrgetter("dtype")
 _version = attrgetter("_version")
 
 
@@ -143,8 +144,10 @@ class Prepared:
         self.all_states = list(state.values())
         self.states = [state[p] for p in params]
         self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
+        self.raws = [known.get("raw") for known in self.states]
         self.parts = [slot.param for slot in slots]
         self.pointers = list(map(Tensor.data_ptr, self.parts))
+        self.dtypes = [slot.param.dtype for slot in slots]
         self.grad_strides = [slot.grad_stride for slot in slots]
         self.transformed = [slot.param for slot in slots if slot.raw is not None]
         self.versions = self._versions()
@@ -169,7 +172,11 @@ class Prepared:
         if self.sharded:
             with torch.no_grad():
                 parts, grads = list(map(local, self.params)), list(map(local_grad, self.params, grads))
-        if list(map(Tensor.data_ptr, parts)) != self.pointers or list(map(Tensor.stride, grads)) != self.grad_strides:
+        if (
+            list(map(Tensor.data_ptr, parts)) != self.pointers
+            or list(map(_dtype, grads)) != self.dtypes
+            or list(map(Tensor.stride, grads)) != self.grad_strides
+        ):
             return None
         return grads
 
@@ -177,12 +184,12 @@ class Prepared:
         """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
         return self._versions() != self.versions
 
-    def raws_in_force(self) -> dict[Tensor, Record | None]:
-        """The constraints of the parameters whose raw is known to lead to them."""
+    def raws_in_force(self) -> dict[Tensor, tuple[Record | None, Tensor]]:
+        """Constraint and raw, as the state has it, of parameters whose raw is known to lead to them."""
         if self.written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
             return {}
-        known = zip(self.params, self.slots, self.states, strict=True)
-        return {p: slot.constraint for p, slot, state in known if slot.raw is not None and slot.raw is state.get("raw")}
+        known = zip(self.params, self.slots, self.raws, strict=True)
+        return {p: (slot.constraint, raw) for p, slot, raw in known if raw is not None}
 
     def accept(self) -> None:
         self.versions = self._versions()
