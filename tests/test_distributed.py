@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import re
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,20 +81,7 @@ def assert_same(module: nn.Module, other: nn.Module) -> None:
         torch.testing.assert_close(whole(p.detach()), whole(q.detach()), atol=1e-5, rtol=1e-5)
 
 
-# --- Two processes ----------------------------------------------------------------------------------------------------
-
-
-def in_two_processes(worker: Callable[..., None], folder: Path, *args: Any) -> None:
-    torch.multiprocessing.spawn(_enter, (worker, str(folder), *args), nprocs=2)
-
-
-def _enter(rank: int, worker: Callable[..., None], folder: str, *args: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
-        worker(rank, folder, *args)
-    finally:
-        dist.destroy_process_group()
+# --- In two processes -------------------------------------------------------------------------------------------------
 
 
 def replicated(rank: int, folder: str) -> None:
@@ -100,10 +89,6 @@ def replicated(rank: int, folder: str) -> None:
         module = nn.parallel.DistributedDataParallel(Mixture())
         train(module, optimizer_of(kind, module), range(10), slice(4 * rank, 4 * rank + 4))
         assert_same(module.module, alone(kind, 10)[0])
-
-
-def test_distributed_data_parallel(tmp_path: Path) -> None:
-    in_two_processes(replicated, tmp_path)
 
 
 def sharded(module: nn.Module) -> nn.Module:
@@ -150,24 +135,6 @@ def resumed_sharded(rank: int, folder: str) -> None:
         assert_same(module, alone(kind, 10)[0])
 
 
-def test_fully_shard_and_a_checkpoint_saved_sharded_and_loaded_whole(tmp_path: Path) -> None:
-    from torch.distributed import checkpoint
-    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-
-    in_two_processes(fully_sharded, tmp_path)
-    for kind in OPTIMIZERS:
-        module = Mixture()
-        optimizer = optimizer_of(kind, module)
-        model_state, optimizer_state = get_state_dict(module, optimizer)
-        state = {"model": model_state, "optimizer": optimizer_state}
-        checkpoint.load(state, checkpoint_id=tmp_path / kind, no_dist=True)
-        set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-        train(module, optimizer, range(6, 10))
-        assert_same(module, alone(kind, 10)[0])
-    (tmp_path / "rendezvous").unlink(missing_ok=True)
-    in_two_processes(resumed_sharded, tmp_path)
-
-
 def rejected(rank: int, folder: str) -> None:
     for kind in OPTIMIZERS.values():
         module = sharded(Mixture())
@@ -190,5 +157,54 @@ def rejected(rank: int, folder: str) -> None:
         assert all(torch.equal(whole(p.detach()), value) for p, value in zip(module.parameters(), before, strict=True))
 
 
-def test_a_simplex_over_a_sharded_dimension_is_an_error(tmp_path: Path) -> None:
-    in_two_processes(rejected, tmp_path)
+# --- And from outside -------------------------------------------------------------------------------------------------
+
+WORKERS = [replicated, fully_sharded, resumed_sharded, rejected]
+
+
+def enter(rank: int, folder: str) -> None:
+    """All workers in one pair of processes, which cost more to start than to run."""
+    torch.set_num_threads(1)
+    timeout = datetime.timedelta(seconds=60)  # where one process failed, the other must not wait for it for ever
+    dist.init_process_group("gloo", f"file://{folder}/rendezvous", timeout, world_size=2, rank=rank)
+    try:
+        for worker in WORKERS:
+            try:
+                worker(rank, folder)
+                outcome = ""
+            except BaseException:
+                outcome = traceback.format_exc()
+            Path(folder, f"{worker.__name__}.{rank}").write_text(outcome)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where both processes left their checkpoints, and per worker and process a traceback or nothing."""
+    path = tmp_path_factory.mktemp("two_processes")
+    torch.multiprocessing.spawn(enter, (str(path),), nprocs=2)
+    return path
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("worker", WORKERS, ids=lambda worker: worker.__name__)
+def test_two_processes(folder: Path, worker: Callable[[int, str], None], rank: int) -> None:
+    if outcome := (folder / f"{worker.__name__}.{rank}").read_text():
+        pytest.fail(outcome, pytrace=False)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_a_checkpoint_saved_sharded_is_loaded_whole(folder: Path, kind: str) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    module = Mixture()
+    optimizer = optimizer_of(kind, module)
+    model_state, optimizer_state = get_state_dict(module, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state}
+    checkpoint.load(state, checkpoint_id=folder / kind, no_dist=True)
+    set_state_dict(module, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    train(module, optimizer, range(6, 10))
+    assert_same(module, alone(kind, 10)[0])
