@@ -38,6 +38,19 @@ CO_HD T projection_bound(T& x, T& weight, S total) {
   }
 }
 
+// lambda of four numbers alone, the largest of which is 0: a lower bound, to rounding, of that of a row they are from.
+template <typename T, typename S>
+CO_HD T projection_of_four(const T (&z)[4], S total) {
+  const auto larger = [](T p, T q) { return q > p ? q : p; };
+  const auto smaller = [](T p, T q) { return q > p ? p : q; };
+  const T winners[] = {larger(z[0], z[1]), larger(z[2], z[3])}, losers[] = {smaller(z[0], z[1]), smaller(z[2], z[3])};
+  const T loser = smaller(winners[0], winners[1]), winner = larger(losers[0], losers[1]);
+  const T second = larger(loser, winner), third = smaller(loser, winner), fourth = smaller(losers[0], losers[1]);
+  const T of_two = (second - total) * S(1 / 2.0), of_three = (second + third - total) * S(1 / 3.0),
+          of_four = (second + third + fourth - total) * S(1 / 4.0);
+  return larger(larger(T{} - total, of_two), larger(of_three, of_four));
+}
+
 // a + b rounded, and in `rest` what rounding took from it (Knuth).
 template <typename T>
 CO_HD T two_sum(T a, T b, T& rest) {

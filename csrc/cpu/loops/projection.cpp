@@ -62,6 +62,8 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
+    if (unit + 1 < end)
+      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, Rows::inputs, call.outputs, Rows::outputs);
     Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
     for (int i = 0; i < Rows::outputs; ++i)
       if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));

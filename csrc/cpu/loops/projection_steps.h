@@ -66,19 +66,22 @@ CO_HD R across(Vector<T> v, const Combine& combine) {
   return values[0];
 }
 
-// Whether all bits of a comparison are set.
+// Whether any bit of a comparison is set.
 template <typename Mask>
-CO_HD bool all(Mask mask) {
-  uint64_t words[vector_bytes / 8], together = ~uint64_t(0);
+CO_HD bool any(Mask mask) {
+  uint64_t words[vector_bytes / 8], together = 0;
   std::memcpy(words, &mask, sizeof(mask));
-  for (uint64_t word : words) together &= word;
-  return together == ~uint64_t(0);
+  for (uint64_t word : words) together |= word;
+  return together != 0;
 }
 
 // A block is left out as a whole once none of it is of the support.
 template <bool along_row>
 constexpr int64_t block_steps = along_row ? 2 : 16;
-constexpr int64_t steps_per_sum = 64;  // so many are added up plainly, such sums with what rounding takes from them
+
+// So many steps are added up plainly, such sums with what rounding takes from them. Gradients have either sign, and may
+// leave next to nothing.
+constexpr int64_t steps_per_sum = 64, gradient_steps_per_sum = 16;
 
 // The blocks that are not left out.
 class ProjectionScratch {
@@ -130,13 +133,15 @@ class Blocks {
     return block;
   }
 
-  // body(vector, offset) for the two vectors of each step.
+  // body(vector, offset) for the two vectors of a step, or of all of a block.
+  template <typename Body>
+  CO_HD void step(int64_t k, const Body& body) const {
+    body(0, k * stride_);
+    body(1, k * stride_ + width<T>);
+  }
   template <typename Body>
   CO_HD void for_each(const Block& block, const Body& body) const {
-    for (int64_t k = 0; k < block.steps; ++k) {
-      body(0, k * stride_);
-      body(1, k * stride_ + width<T>);
-    }
+    for (int64_t k = 0; k < block.steps; ++k) step(k, body);
   }
 
   void finish() {
@@ -192,20 +197,34 @@ template <bool weighted, bool along_row, typename T>
     u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
   };
 
-  V bound[2] = {V{} - infinity, V{} - infinity};
+  V top[4][2];  // the largest of every fourth step
+  for (auto& vectors : top) vectors[0] = vectors[1] = V{} - infinity;
   int64_t count = blocks.count();
   for (int64_t b = 0; b < count; ++b) {
     live[b] = static_cast<int32_t>(b);
     const Block block = blocks[b];
-    blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
-      V x_k, u_k;
-      read(block, offset, x_k, u_k);
-      bound[v] = larger(bound[v], projection_bound<weighted>(x_k, u_k, total));
-    });
+    for (int64_t k = 0; k < block.steps; k += 4) {
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+        if (k + j == block.steps) break;
+        blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
+          V x_k, u_k;
+          read(block, offset, x_k, u_k);
+          top[j][v] = larger(top[j][v], projection_bound<weighted>(x_k, u_k, total));
+        });
+      }
+    }
   }
   Ascent<V> at[states];
-  if (along_row) bound[0] = V{} + across<T, T>(larger(bound[0], bound[1]), larger);
-  for (int s = 0; s < states; ++s) at[s] = Ascent<V>::template from<weighted>(bound[s], total);
+  for (int s = 0; s < states; ++s) {
+    V bound = larger(larger(top[0][s], top[1][s]), larger(top[2][s], top[3][s]));
+    if (along_row) bound = V{} + across<T, T>(larger(bound, larger(top[0][1], top[1][1])), larger);
+    at[s] = Ascent<V>::template from<weighted>(bound, total);
+    if (weighted || along_row) continue;
+    const V four[] = {top[0][s] - bound, top[1][s] - bound, top[2][s] - bound, top[3][s] - bound};
+    const V start = projection_of_four(four, total);
+    at[s].high = start > at[s].high ? start : at[s].high;
+  }
 
   const auto rest_of = [&](const Block& block, int v, int64_t offset, V& u_k) CO_INLINE {
     const Ascent<V>& lambda = at[along_row ? 0 : v];
@@ -227,16 +246,17 @@ template <bool weighted, bool along_row, typename T>
       const int64_t end = std::min(count, i + steps_per_sum / block_steps<along_row>);
       for (; i < end; ++i) {
         const Block block = blocks[live[i]];
-        auto outside = V{} == V{};
+        auto seen = V{} != V{};  // the bits of all that is positive
         blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
           V u_k;
           const V rest = rest_of(block, v, offset, u_k);
-          sums.part[0][v] += projection_value(rest);
+          const V y_k = projection_value(rest);
+          seen |= bit_cast<decltype(seen)>(y_k);
+          sums.part[0][v] += y_k;
           sums.part[1][v] += rest <= V{} ? V{} : u_k;
-          outside &= rest <= V{};
         });
         live[kept] = live[i];
-        kept += !all(outside);
+        kept += any(seen);
       }
       sums.settle();
     }
@@ -244,7 +264,7 @@ template <bool weighted, bool along_row, typename T>
     going = false;
     for (int s = 0; s < states; ++s) {
       at[s].step_by(sums.template total<along_row>(0, s), sums.template total<along_row>(1, s), total);
-      going |= !all(at[s].left == V{});
+      going |= any(at[s].left > V{});
     }
   } while (going);
 
@@ -298,7 +318,7 @@ template <bool weighted, bool to_weight, bool along_row, typename T>
   };
 
   Sums<T, 2 + to_weight> sums;
-  constexpr int64_t blocks_per_sum = steps_per_sum / block_steps<along_row>;
+  constexpr int64_t blocks_per_sum = gradient_steps_per_sum / block_steps<along_row>;
   for (int64_t b = 0; b < blocks.count(); ++b) {
     const Block block = blocks[b];
     blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {

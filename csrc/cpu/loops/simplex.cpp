@@ -48,7 +48,8 @@ struct DoubleBackwardRows {
 template <typename Rows, typename Storage>
 void run_tiles(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  const Tiles<T> tiles(Rows::inputs + Rows::outputs, call.layout.length);
+  const int64_t length = call.layout.length;
+  const Tiles<T> tiles(Rows::inputs + Rows::outputs, length);
   const T* in[Rows::inputs];
   T* out[Rows::outputs];
   for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
@@ -56,7 +57,7 @@ void run_tiles(const RowCall& call, const RowUnits& units, int64_t begin, int64_
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
-    Rows::template columns<tiles.lanes>(tiles.length, tiles.lanes, next_above<Storage>(T(0)), in, out);
+    Rows::template columns<tiles.lanes>(length, tiles.lanes, next_above<Storage>(T(0)), in, out);
     for (int i = 0; i < Rows::outputs; ++i)
       if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
   }

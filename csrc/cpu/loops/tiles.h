@@ -8,15 +8,24 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// Tiles [length][lanes] of the compute type, one for each operand, in memory of one thread.
+// Tiles [length][lanes] of the compute type, one for each operand, in memory of one thread: aligned to cache lines, and
+// a line more than a tile apart, as cache sets are few.
 template <typename T>
-struct Tiles {
+class Tiles {
+ public:
   static constexpr int64_t lanes = RowUnits::lanes;
-  const int64_t length, apart;  // a line more than a tile apart: cache sets are few
-  const std::unique_ptr<T[]> memory;
 
-  Tiles(int count, int64_t length) : length(length), apart(length * lanes + 16), memory(new T[count * apart]()) {}
-  T* at(int tile) const { return memory.get() + tile * apart; }
+  Tiles(int count, int64_t length)
+      : apart_(length * lanes + line), memory_(new T[count * apart_ + line]()), first_(memory_.get()) {
+    first_ += (line - reinterpret_cast<uintptr_t>(first_) / sizeof(T) % line) % line;
+  }
+  T* at(int tile) const { return first_ + tile * apart_; }
+
+ private:
+  static constexpr int64_t line = 64 / sizeof(T);
+  const int64_t apart_;
+  const std::unique_ptr<T[]> memory_;
+  T* first_;
 };
 
 // Where the rows of a tile lie: `count` of them, each `length` elements, `inner` apart.
@@ -50,6 +59,19 @@ struct TileRows {
   void store(const T* tile, Storage* to) const {
     if (inner == 1) return tile_to_rows(tile, to + first, length, count);
     for_each([=](int64_t in_memory, int64_t in_tile) { to[in_memory] = to_storage<Storage>(tile[in_tile]); });
+  }
+
+  // Rows that follow each other are read in as many places at once as a tile has lanes, too many for the processor to
+  // foresee what comes next.
+  template <typename Storage>
+  void prefetch(const void* const* in, int inputs, void* const* out, int outputs) const {
+    if (inner != 1) return;
+    const int64_t begin = first * sizeof(Storage), end = begin + count * length * sizeof(Storage);
+    for (int i = 0; i < inputs; ++i)
+      for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(in[i]) + at);
+    for (int i = 0; i < outputs; ++i)
+      if (out[i])
+        for (int64_t at = begin; at < end; at += 64) __builtin_prefetch(static_cast<const char*>(out[i]) + at, 1);
   }
 
  private:
