@@ -67,9 +67,10 @@ inline RowUnits softmax_units(const RowLayout& layout) {
   return {layout, layout.inner == 1 && layout.length % 8 == 0 ? 16 : 64};
 }
 
-inline RowUnits projection_units(const RowLayout& layout) {
-  // Tiles of rows that lie apart stay in the second-level cache, however often they are read.
-  return {layout, layout.inner == 1 ? 128 : 1024};
+inline RowUnits projection_units(const RowLayout& layout, bool forward) {
+  // One row alone waits for what is summed up along it, in forward several times. Rows that lie apart have no better
+  // way than a tile while that fits the second-level cache.
+  return {layout, layout.inner > 1 ? 1024 : forward ? 128 : 32};
 }
 
 enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };

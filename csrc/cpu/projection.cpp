@@ -27,7 +27,8 @@ void run(const char* op, Projection kernel, const Results& results, std::initial
   }
   i = 0;
   for (const Tensor* t : outputs) call.outputs[i++] = result_data(*t);
-  const int64_t units = projection_units(call.layout).count;
+  const bool forward = kernel == Projection::forward || kernel == Projection::forward_weighted;
+  const int64_t units = projection_units(call.layout, forward).count;
   const int64_t elements_per_unit = like.numel() / units;
   const ProjectionLoop loop = loops().projection(kernel, storage_dtype(op, **operands.begin()));
   parallel(units, std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_unit)),

@@ -11,6 +11,7 @@ namespace {
 // of ProjectionCall. Results may take their inputs' place: output i that of input `place[i]`.
 template <bool weighted>
 struct ForwardRows {
+  static constexpr bool forward = true;
   static constexpr int inputs = 1 + weighted, outputs = 1;
   static constexpr int place[] = {0};
   template <typename T>
@@ -26,6 +27,7 @@ struct ForwardRows {
 
 template <bool weighted, bool to_weight>
 struct BackwardRows {
+  static constexpr bool forward = false;
   static constexpr int inputs = 2 + weighted + to_weight, outputs = 1 + to_weight;
   static constexpr int place[] = {0, 2};
   template <typename T>
@@ -155,7 +157,7 @@ void run_columns(const ProjectionCall& call, const RowUnits& units, int64_t begi
 
 template <typename Rows, typename Storage>
 void run(const ProjectionCall& call, int64_t begin, int64_t end) {
-  const RowUnits units = projection_units(call.layout);
+  const RowUnits units = projection_units(call.layout, Rows::forward);
   const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
                     : units.way == RowUnits::rows ? run_rows<Rows, Storage>
                                                   : run_columns<Rows, Storage>;

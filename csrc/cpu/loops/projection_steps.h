@@ -163,13 +163,18 @@ struct Sums {
   using V = Vector<T>;
   V high[n][2] = {}, low[n][2] = {}, part[n][2] = {};
 
+  // With what rounding takes from each single addition.
+  CO_HD void add_exactly(int i, int v, V term) {
+    V rest;
+    high[i][v] = two_sum(high[i][v], term, rest);
+    low[i][v] += rest;
+  }
+
   // What was added to `part` since the last time.
   CO_HD void settle() {
     for (int i = 0; i < n; ++i) {
       for (int v = 0; v < 2; ++v) {
-        V rest;
-        high[i][v] = two_sum(high[i][v], part[i][v], rest);
-        low[i][v] += rest;
+        add_exactly(i, v, part[i][v]);
         part[i][v] = V{};
       }
     }
@@ -240,21 +245,33 @@ template <bool weighted, bool along_row, typename T>
   bool going;
   do {
     Sums<T, 2> sums;
-    for (int v = 0; v < 2; ++v) sums.part[0][v] = start[v];
+    for (int v = 0; v < 2; ++v) sums.high[0][v] = start[v];
     int64_t kept = 0;
     for (int64_t i = 0; i < count;) {
       const int64_t end = std::min(count, i + steps_per_sum / block_steps<along_row>);
       for (; i < end; ++i) {
         const Block block = blocks[live[i]];
         auto seen = V{} != V{};  // the bits of all that is positive
-        blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
-          V u_k;
-          const V rest = rest_of(block, v, offset, u_k);
-          const V y_k = projection_value(rest);
-          seen |= bit_cast<decltype(seen)>(y_k);
-          sums.part[0][v] += y_k;
-          sums.part[1][v] += rest <= V{} ? V{} : u_k;
-        });
+        for (int64_t k = 0; k < block.steps; k += 2) {
+          V pair[2] = {};
+#pragma GCC unroll 2
+          for (int j = 0; j < 2; ++j) {
+            if (k + j == block.steps) break;
+            blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
+              V u_k;
+              const V rest = rest_of(block, v, offset, u_k), y_k = projection_value(rest);
+              seen |= bit_cast<decltype(seen)>(y_k);
+              pair[v] += y_k;
+              sums.part[1][v] += rest <= V{} ? V{} : u_k;
+            });
+          }
+          for (int v = 0; v < 2; ++v) {
+            if (along_row)
+              sums.part[0][v] += pair[v];  // a lane's: there are as many as a group has
+            else
+              sums.add_exactly(0, v, pair[v]);
+          }
+        }
         live[kept] = live[i];
         kept += any(seen);
       }
