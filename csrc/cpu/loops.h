@@ -70,7 +70,7 @@ inline RowUnits softmax_units(const RowLayout& layout) {
 inline RowUnits projection_units(const RowLayout& layout, bool forward) {
   // One row alone waits for what is summed up along it, in forward several times. Rows that lie apart have no better
   // way than a tile while that fits the second-level cache.
-  return {layout, layout.inner > 1 ? 1024 : forward ? 128 : 32};
+  return {layout, layout.inner > 1 ? 1024 : forward ? 1024 : 32};
 }
 
 enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };

@@ -1,7 +1,7 @@
 // The projection onto the simplex along rows of [outer, length, inner], three ways; see RowUnits.
 #include <memory>
 
-#include "projection_steps.h"
+#include "projection_rows.h"
 #include "tiles.h"
 
 namespace constrained_ops::CO_LEVEL {
@@ -51,10 +51,49 @@ struct BackwardRows {
   }
 };
 
+// Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
+// converted.
+constexpr int64_t shortest_side_by_side = 48;
+
+template <bool weighted, typename Storage>
+void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  constexpr int64_t lanes = RowUnits::lanes;
+  constexpr bool converted = !std::is_same_v<Storage, T>;
+  const int64_t length = call.layout.length;
+  RowsProjection<weighted, T> project(length);
+  const std::unique_ptr<T[]> memory(new T[converted ? 3 * lanes * length : 0]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit * lanes, rows = std::min(lanes, call.layout.outer - row), n = rows * length;
+    const T* in[2] = {};
+    for (int i = 0; i < 1 + weighted; ++i) {
+      const Storage* from = static_cast<const Storage*>(call.inputs[i]) + row * length;
+      if constexpr (converted) {
+        T* to = memory.get() + i * lanes * length;
+        for (int64_t k = 0; k < n; ++k) to[k] = to_compute(from[k]);
+        in[i] = to;
+      } else {
+        in[i] = from;
+      }
+    }
+    Storage* out = static_cast<Storage*>(call.outputs[0]) + row * length;
+    if constexpr (converted) {
+      T* y = memory.get() + 2 * lanes * length;
+      project(rows, in[0], in[1], y, T(call.total));
+      for (int64_t k = 0; k < n; ++k) out[k] = to_storage<Storage>(y[k]);
+    } else {
+      project(rows, in[0], in[1], out, T(call.total));
+    }
+  }
+}
+
 template <typename Rows, typename Storage>
 void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
+  if constexpr (Rows::forward)
+    if (call.layout.inner == 1 && length >= shortest_side_by_side)
+      return run_side_by_side<Rows::inputs == 2, Storage>(call, begin, end);
   const Tiles<T> tiles(Rows::inputs, length);
   ProjectionScratch scratch(length);
   const T* in[Rows::inputs];

@@ -188,15 +188,28 @@ struct Sums {
   }
 };
 
+constexpr auto larger = [](auto a, auto b) CO_INLINE { return larger_or_nan(a, b); };
+
+// What is left of x at lambda: y where it is positive. Turns a weight into u.
+template <bool weighted, typename T>
+CO_HD Vector<T> rest_at(const Ascent<Vector<T>>& lambda, T total, Vector<T> x, Vector<T>& weight) {
+  projection_bound<weighted>(x, weight, total);
+  return projection_rest<weighted>(projection_anchored<weighted>(x, weight, lambda.anchor), weight, lambda.high,
+                                   lambda.low);
+}
+
+template <bool along_row>
+constexpr int states = along_row ? 1 : 2;  // a row has one lambda, lanes each their own
+template <bool along_row, typename T>
+using ProjectionBlocks = Blocks<along_row, T, 2, 1>;  // x, weight; y
+
+// Finds lambda. Returns how many blocks may be of the support, and their numbers in `live`.
 template <bool weighted, bool along_row, typename T>
-[[gnu::noinline]] void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total,
-                               int32_t* live) {
+[[gnu::noinline]] int64_t ascend(ProjectionBlocks<along_row, T>& blocks, T total, int32_t* live,
+                                 Ascent<Vector<T>> (&result)[states<along_row>]) {
   using V = Vector<T>;
-  constexpr int states = along_row ? 1 : 2;
+  using Block = typename ProjectionBlocks<along_row, T>::Block;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  Blocks<along_row, T, 2, 1> blocks(length, stride, {x, weighted ? weight : x}, {y}, {-infinity, T(1)});
-  using Block = typename Blocks<along_row, T, 2, 1>::Block;
-  const auto larger = [](auto a, auto b) CO_INLINE { return larger_or_nan(a, b); };
   const auto read = [](const Block& block, int64_t offset, V& x_k, V& u_k) CO_INLINE {
     x_k = load(block.in[0] + offset);
     u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
@@ -220,8 +233,8 @@ template <bool weighted, bool along_row, typename T>
       }
     }
   }
-  Ascent<V> at[states];
-  for (int s = 0; s < states; ++s) {
+  Ascent<V> at[states<along_row>];
+  for (int s = 0; s < states<along_row>; ++s) {
     V bound = larger(larger(top[0][s], top[1][s]), larger(top[2][s], top[3][s]));
     if (along_row) bound = V{} + across<T, T>(larger(bound, larger(top[0][1], top[1][1])), larger);
     at[s] = Ascent<V>::template from<weighted>(bound, total);
@@ -231,14 +244,6 @@ template <bool weighted, bool along_row, typename T>
     at[s].high = start > at[s].high ? start : at[s].high;
   }
 
-  const auto rest_of = [&](const Block& block, int v, int64_t offset, V& u_k) CO_INLINE {
-    const Ascent<V>& lambda = at[along_row ? 0 : v];
-    V x_k;
-    read(block, offset, x_k, u_k);
-    projection_bound<weighted>(x_k, u_k, total);
-    return projection_rest<weighted>(projection_anchored<weighted>(x_k, u_k, lambda.anchor), u_k, lambda.high,
-                                     lambda.low);
-  };
   // Where the sum of what is left starts, once for each row: near the root it then has most digits.
   V start[2] = {V{} - total, V{} - total};
   if (along_row) start[0] = start[1] = V{}, start[0][0] = -total;
@@ -258,8 +263,9 @@ template <bool weighted, bool along_row, typename T>
           for (int j = 0; j < 2; ++j) {
             if (k + j == block.steps) break;
             blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
-              V u_k;
-              const V rest = rest_of(block, v, offset, u_k), y_k = projection_value(rest);
+              V x_k, u_k;
+              read(block, offset, x_k, u_k);
+              const V rest = rest_at<weighted>(at[along_row ? 0 : v], total, x_k, u_k), y_k = projection_value(rest);
               seen |= bit_cast<decltype(seen)>(y_k);
               pair[v] += y_k;
               sums.part[1][v] += rest <= V{} ? V{} : u_k;
@@ -279,19 +285,31 @@ template <bool weighted, bool along_row, typename T>
     }
     count = kept;
     going = false;
-    for (int s = 0; s < states; ++s) {
+    for (int s = 0; s < states<along_row>; ++s) {
       at[s].step_by(sums.template total<along_row>(0, s), sums.template total<along_row>(1, s), total);
       going |= any(at[s].left > V{});
     }
   } while (going);
 
+  for (int s = 0; s < states<along_row>; ++s) result[s] = at[s];
+  return count;
+}
+
+template <bool weighted, bool along_row, typename T>
+void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total, int32_t* live) {
+  using V = Vector<T>;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  ProjectionBlocks<along_row, T> blocks(length, stride, {x, weighted ? weight : x}, {y}, {-infinity, T(1)});
+  Ascent<V> at[states<along_row>];
+  const int64_t count = ascend<weighted, along_row>(blocks, total, live, at);
   for (int64_t b = 0, i = 0; b < blocks.count(); ++b) {
-    const Block block = blocks[b];
+    const auto block = blocks[b];
     if (i < count && live[i] == b) {
       ++i;
       blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
-        V u_k;
-        store(block.out[0] + offset, projection_value(rest_of(block, v, offset, u_k)));
+        V u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
+        const V rest = rest_at<weighted>(at[along_row ? 0 : v], total, load(block.in[0] + offset), u_k);
+        store(block.out[0] + offset, projection_value(rest));
       });
     } else {
       blocks.for_each(block, [&](int, int64_t offset) CO_INLINE { store(block.out[0] + offset, V{}); });
