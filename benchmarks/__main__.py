@@ -10,9 +10,10 @@ from pathlib import Path
 
 import torch
 
-from . import bench_bounded, bench_positive, bench_simplex, harness
+from . import bench_bounded, bench_positive, bench_projection, bench_simplex, harness
 
-JOBS = {job.name: job for bench in (bench_bounded, bench_positive, bench_simplex) for job in bench.JOBS}
+BENCHES = (bench_bounded, bench_positive, bench_projection, bench_simplex)
+JOBS = {job.name: job for bench in BENCHES for job in bench.JOBS}
 
 
 def _count(text: str) -> int:

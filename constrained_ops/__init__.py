@@ -1,19 +1,26 @@
-"""Fused operators for constrained parameters: bounded, positive, simplex."""
+"""Fused operators for constrained parameters: bounded, positive, simplex, and the projection onto it."""
 
-from . import _library
+from . import _library, optim
 from ._info import build_info
 from ._library import backend
 from .bounded import bounded, bounded_inverse
+from .parametrizations import Bounded, Positive, Simplex
 from .positive import positive, positive_inverse
+from .projection import project_simplex
 from .simplex import simplex, simplex_inverse
 
 __all__ = [
+    "Bounded",
+    "Positive",
+    "Simplex",
     "backend",
     "bounded",
     "bounded_inverse",
     "build_info",
+    "optim",
     "positive",
     "positive_inverse",
+    "project_simplex",
     "simplex",
     "simplex_inverse",
 ]

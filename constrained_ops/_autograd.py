@@ -38,6 +38,11 @@ def implementation(kernels: Kernels) -> Kernels:
     return kernels.reference if is_compiling() else kernels
 
 
+def operators(kernels: Kernels) -> Kernels:
+    """Inside ``torch.compile`` the registered operators, where the compiler would make less of the formulas."""
+    return kernels.operators if is_compiling() else kernels
+
+
 def needs_graph() -> bool:
     """Whether what runs now, in a backward pass, must itself be recorded. Compilers differentiate once only."""
     return torch.is_grad_enabled() and not is_compiling()

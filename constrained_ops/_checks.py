@@ -60,6 +60,24 @@ def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None
         raise ValueError(f"{op}: upper - lower overflows {compute}, got lower={lower} and upper={upper}")
 
 
+def ordered(op: str, lower: Bound, upper: Bound) -> None:
+    """Check bounds by themselves, elements of tensors included, which waits for the device."""
+    for argument, bound in (("lower", lower), ("upper", upper)):
+        if not isinstance(bound, (int, float, Tensor)):
+            raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
+        if isinstance(bound, Tensor) and (bound.is_complex() or bound.dtype == torch.bool):
+            raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
+    below, above = (torch.as_tensor(bound).detach().double().cpu() for bound in (lower, upper))
+    try:
+        below, above = torch.broadcast_tensors(below, above)
+    except RuntimeError:
+        shapes = f"{tuple(below.shape)} and {tuple(above.shape)}"
+        raise ValueError(f"{op}: lower and upper must broadcast to one shape, got {shapes}") from None
+    if (wrong := ~(below < above)).any():  # a NaN is caught here as well
+        pair = f"lower={below[wrong][0].item()} and upper={above[wrong][0].item()}"
+        raise ValueError(f"{op}: lower must be less than upper, got {pair}")
+
+
 def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The smallest and the largest number of ``dtype`` strictly between the bounds, in the bounds' dtype."""
     return next_above(lower, dtype), -next_above(-upper, dtype)
@@ -81,12 +99,17 @@ def _tensor_bound(op: str, raw: Tensor, bound: Bound, argument: str, name: str) 
         return torch.full((), bound, dtype=compute, device=raw.device).expand(raw.shape)
     if bound.is_complex() or bound.dtype == torch.bool:
         raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
-    if bound.device != raw.device:
-        raise ValueError(f"{op}: {argument} is on {bound.device}, {name} on {raw.device}")
-    if not _expands_to(bound.shape, raw.shape):
-        shapes = f"{argument} has shape {tuple(bound.shape)}, {name} {tuple(raw.shape)}"
+    return _expanded(op, raw, bound, argument, name)
+
+
+def _expanded(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -> Tensor:
+    """``operand`` with raw's shape, in its compute dtype."""
+    if operand.device != raw.device:
+        raise ValueError(f"{op}: {argument} is on {operand.device}, {name} on {raw.device}")
+    if not _expands_to(operand.shape, raw.shape):
+        shapes = f"{argument} has shape {tuple(operand.shape)}, {name} {tuple(raw.shape)}"
         raise ValueError(f"{op}: {argument} must broadcast to the shape of {name}; {shapes}")
-    return bound.to(compute).expand(raw.shape)
+    return operand.to(compute_dtype(raw.dtype)).expand(raw.shape)
 
 
 def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
@@ -106,6 +129,24 @@ def dimension(op: str, raw: Tensor, dim: int, name: str = "raw") -> int:
     if raw.dim() and raw.shape[dim] == 0:
         raise ValueError(f"{op}: {name} needs at least one element along dim {dim}, got shape {tuple(raw.shape)}")
     return dim
+
+
+def total(op: str, x: Tensor, value: Any) -> None:
+    if not isinstance(value, (int, float)):
+        raise TypeError(f"{op}: total must be a float, got {type(value).__name__}")
+    compute = compute_dtype(x.dtype)
+    held = torch.finfo(compute)
+    if not held.smallest_normal <= value <= held.max:  # a NaN is caught here as well
+        raise ValueError(f"{op}: total must be positive, finite and a normal number of {compute}, got total={value}")
+
+
+def weight(op: str, x: Tensor, value: Any) -> Tensor:
+    """A weight with x's shape, in its compute dtype, still differentiable. Its values are not looked at."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: weight must be a Tensor or None, got {type(value).__name__}")
+    if value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{op}: weight must be real, got dtype {value.dtype}")
+    return _expanded(op, x, value, "weight", "x")
 
 
 def kind(op: str, given: str, known: tuple[str, ...]) -> None:

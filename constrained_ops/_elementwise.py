@@ -60,7 +60,10 @@ PointAt = Callable[[Tensor, Any, Any], Point]
 
 
 def references(point_at: PointAt) -> dict[str, Callable[..., Any]]:
-    """The kernels of the elementwise family in plain PyTorch. Bounds are floats or tensors alike."""
+    """The kernels of the elementwise family in plain PyTorch. Bounds are floats or tensors alike.
+
+    ``forward`` can give a narrower dtype than raw's, strictly inside in that one.
+    """
 
     def at(raw: Tensor, lower: Any, upper: Any) -> Point:
         return point_at(raw.to(compute_dtype(raw.dtype)), lower, upper)
@@ -73,8 +76,8 @@ def references(point_at: PointAt) -> dict[str, Callable[..., Any]]:
         x = torch.where(point.x < smallest, smallest, point.x)
         return torch.where(x > largest, largest, x).to(dtype)
 
-    def forward(raw: Tensor, lower: Any, upper: Any) -> Tensor:
-        return inside(at(raw, lower, upper), raw.dtype)
+    def forward(raw: Tensor, lower: Any, upper: Any, dtype: torch.dtype | None = None) -> Tensor:
+        return inside(at(raw, lower, upper), dtype or raw.dtype)
 
     def forward_log_det(raw: Tensor, lower: Any, upper: Any) -> tuple[Tensor, Tensor]:
         point = at(raw, lower, upper)

@@ -15,8 +15,10 @@ any other               the reference, which is plain PyTorch
 What the operators may rely on, because the public functions see to it:
 
 - ``grad_*`` and ``along_*`` have raw's shape and dtype, with strides of their own; ``None`` stands for zeros.
+- In a projection ``x``, ``y`` and ``weight`` are what raw is elsewhere. ``x`` is ``None`` where only grad_x is needed.
 - Tensor bounds have raw's shape (expanded views included) and its :func:`compute_dtype`, as do their gradients.
-- Results have the layout of ``torch.empty_like(raw)``. A result whose bit in ``needed`` is 0 is an empty tensor.
+- Results have the layout of ``torch.empty_like(raw)``; in a projection of ``y``, or of ``x`` where there is none.
+- A result whose bit in ``needed`` is 0 is an empty tensor.
 - ``dim`` is not negative; a 0-dim raw counts as one row of one.
 - ``x`` is the transform of raw, where it is at hand: an implementation may save itself computing it anew.
 """
@@ -63,7 +65,13 @@ ROWWISE = {
     "backward": ("Tensor grad_x, Tensor raw, int dim, Tensor? x=None", 1),
     "double_backward": ("Tensor along_raw, Tensor grad_x, Tensor raw, int dim, int needed", 2),
 }
-TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE}
+PROJECTION = {
+    "forward": ("Tensor x, int dim, float total", 1),
+    "backward": ("Tensor grad_y, Tensor y, int dim", 1),
+    "forward.weighted": ("Tensor x, Tensor weight, int dim, float total", 1),
+    "backward.weighted": ("Tensor grad_y, Tensor? x, Tensor y, Tensor weight, int dim, int needed", 2),
+}
+TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE, "projection": PROJECTION}
 
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -76,10 +84,12 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 class Kernels:
     """The implementations in force of one transform's kernels, as attributes: ``forward``, ``forward_tensor``, ...
 
-    ``reference`` holds the same names, always in plain PyTorch: differentiable to any order, and open to compilers.
+    ``reference`` holds the same names, always in plain PyTorch: differentiable to any order, and open to compilers;
+    ``operators`` the registered operators, which compilers take as they are.
     """
 
     reference: Kernels
+    operators: Kernels
 
     def __init__(self, functions: dict[str, Callable[..., Any]] | None = None) -> None:
         self.bind(functions or {})
@@ -110,6 +120,7 @@ def define(transform: str, reference: dict[str, Callable[..., Any]]) -> Kernels:
     _references[transform] = reference
     kernels = _kernels[transform] = Kernels()
     kernels.reference = Kernels(reference)
+    kernels.operators = Kernels({kernel: overload(transform, kernel) for kernel in TRANSFORMS[transform]})
     if has_triton:
         _register_triton(transform)
     _bind(transform, _backend)
@@ -127,9 +138,14 @@ def _argument_positions(operator: torch._ops.OpOverload) -> dict[str, int]:
     return {argument.name: position for position, argument in enumerate(operator._schema.arguments)}
 
 
-def _fake(operator: torch._ops.OpOverload, kernel: str, results: int) -> Callable[..., Any]:
+def like_position(operator: torch._ops.OpOverload) -> int:
+    """Where among its arguments is the tensor that gives its results shape, dtype and layout."""
     positions = _argument_positions(operator)
-    raw_at, needed_at = positions["raw"], positions.get("needed")
+    return next(positions[name] for name in ("raw", "y", "x") if name in positions)
+
+
+def _fake(operator: torch._ops.OpOverload, kernel: str, results: int) -> Callable[..., Any]:
+    raw_at, needed_at = like_position(operator), _argument_positions(operator).get("needed")
     first_bound = results - 2 if kernel in ("backward.tensor", "double_backward.tensor") else results
 
     def fake(*args: Any) -> Any:
@@ -164,8 +180,7 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
     """One more leading dimension is no news to an elementwise kernel, and shifts ``dim`` by one in a rowwise one."""
-    positions = _argument_positions(operator)
-    raw_at, dim_at = positions["raw"], positions.get("dim")
+    raw_at, dim_at = like_position(operator), _argument_positions(operator).get("dim")
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         raw, raw_dim = args[raw_at], in_dims[raw_at]
@@ -247,11 +262,12 @@ def _register_triton(transform: str) -> None:
 
 def _only_on(device: str, transform: str, kernel: str) -> Callable[..., Any]:
     operator = overload(transform, kernel)
-    raw_at = _argument_positions(operator)["raw"]
+    at = like_position(operator)
+    name = operator._schema.arguments[at].name
 
     def guarded(*args: Any) -> Any:
-        if (found := args[raw_at].device.type) != device:
-            raise RuntimeError(f"{operator}: backend {device!r} was asked for, but raw is on {found!r}")
+        if (found := args[at].device.type) != device:
+            raise RuntimeError(f"{operator}: backend {device!r} was asked for, but {name} is on {found!r}")
         return operator(*args)
 
     return guarded

@@ -251,15 +251,18 @@ def bounded_inverse(x: Tensor, lower: Bound, upper: Bound) -> Tensor:
 def inverse(op: str, x: Tensor, lower: Bound, upper: Bound) -> Tensor:
     """:func:`bounded_inverse` in the name of ``op``."""
     lower, upper = _checks.inverse_bounds(op, x, lower, upper)
+    return raw_at(_checks.into(x, lower, upper), lower, upper).to(x.dtype)
+
+
+def raw_at(y: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
+    """The raw of a ``y`` strictly between the bounds; all of one shape and dtype, as is the result."""
     no_lower, no_upper = lower == -math.inf, upper == math.inf
-    y = _checks.into(x, lower, upper)
     # Each map sees bounds that it can use; where() drops what the others make of them.
     from_lower, to_upper = y - torch.where(no_lower, 0.0, lower), torch.where(no_upper, 0.0, upper) - y
     both = _log_ratio(from_lower, to_upper)
     lower_only, upper_only = _softplus_inverse(from_lower), -_softplus_inverse(to_upper)
     with_lower = torch.where(no_upper, lower_only, both)
-    raw = torch.where(no_lower, torch.where(no_upper, y, upper_only), with_lower)
-    return raw.to(x.dtype)
+    return torch.where(no_lower, torch.where(no_upper, y, upper_only), with_lower)
 
 
 def _log_ratio(a: Tensor, b: Tensor) -> Tensor:

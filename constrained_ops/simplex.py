@@ -43,10 +43,12 @@ def _centered(x: Tensor, v: Tensor, dim: int) -> Tensor:
     return v - (x * v).sum(dim, keepdim=True) if x.dim() else v - v
 
 
-def _forward(raw: Tensor, dim: int) -> Tensor:
-    smallest = next_above(torch.zeros((), dtype=compute_dtype(raw.dtype), device=raw.device), raw.dtype)
+def _forward(raw: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """In ``dtype``, by default that of raw."""
+    dtype = dtype or raw.dtype
+    smallest = next_above(torch.zeros((), dtype=compute_dtype(raw.dtype), device=raw.device), dtype)
     x = _softmax(raw, dim)
-    return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(raw.dtype)
+    return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(dtype)
 
 
 def _backward(grad_x: Tensor, raw: Tensor, dim: int, _: Tensor | None = None) -> Tensor:
@@ -174,9 +176,13 @@ def simplex_inverse(x: Tensor, dim: int = -1, *, kind: str = "softmax") -> Tenso
     _checks.kind("simplex_inverse", kind, KINDS)
     _checks.floating("simplex_inverse", x, "x")
     _checks.dimension("simplex_inverse", x, dim, "x")
-    compute = compute_dtype(x.dtype)
+    return raw_at(x).to(x.dtype)
+
+
+def raw_at(x: Tensor) -> Tensor:
+    """:func:`simplex_inverse` in the compute dtype, without its checks of arguments."""
     slack = torch.finfo(x.dtype).eps
-    y = x.to(compute)
+    y = x.to(compute_dtype(x.dtype))
     smallest = next_above(y.new_zeros(()), x.dtype)
     outside = (y < -slack) | (y > 1 + slack)
-    return torch.where(outside, torch.nan, torch.maximum(y, smallest).clamp(max=1.0).log()).to(x.dtype)
+    return torch.where(outside, torch.nan, torch.maximum(y, smallest).clamp(max=1.0).log())

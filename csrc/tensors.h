@@ -38,13 +38,14 @@ inline Dtype storage_dtype(const char* op, const Tensor& raw) {
 }
 
 // The contract of constrained_ops/_library.py, for callers of the operators themselves.
-inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype) {
+inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
+                          const char* raw_name = "raw") {
   const auto sizes = t.sizes(), expected = raw.sizes();
   STD_TORCH_CHECK(sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()), op, ": ",
-                  name, " must have the shape of raw");
+                  name, " must have the shape of ", raw_name);
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
   STD_TORCH_CHECK(t.is_cpu() == raw.is_cpu() && t.get_device_index() == raw.get_device_index(), op, ": ", name,
-                  " must be on the device of raw");
+                  " must be on the device of ", raw_name);
 }
 
 // Dimensions of more than one element, the one with the largest stride first.

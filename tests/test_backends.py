@@ -93,9 +93,9 @@ BOUNDS = {
 def check(transform: str, kernel: str, implementation: Callable[..., Any], device: str, *args: Any) -> None:
     """Results as the reference's in float64, up to the rounding of what is summed, in raw's shape."""
     operator = _library.overload(transform, kernel)
-    names = [argument.name for argument in operator._schema.arguments]
-    raw = args[names.index("raw")]
-    needed = args[names.index("needed")] if "needed" in names else -1
+    raw = args[_library.like_position(operator)]
+    needed_at = _library._argument_positions(operator).get("needed")
+    needed = -1 if needed_at is None else args[needed_at]
     got = implementation(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
     want = _library._references[transform][kernel](*(arg.double() if isinstance(arg, Tensor) else arg for arg in args))
     got, want = (value if isinstance(value, tuple) else (value,) for value in (got, want))
@@ -223,6 +223,28 @@ def test_results_that_are_not_needed() -> None:
             assert torch.equal(result, wanted) if needed >> i & 1 else result.numel() == 0
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+def test_projection_operators_agree(kernels: Any, shape: tuple[int, ...], layout: Any, dtype: torch.dtype) -> None:
+    of, device = kernels
+    x, grad_y, spread = operands(shape, dtype, layout, 3)
+    weight = layout(spread.abs() + 1)
+    plain = contiguous(grad_y)
+    for dim in range(3):
+        for scale, total in ((1.0, 1.0), (0.125, 3.0)):
+            z = layout(x * scale)
+            check("projection", "forward", of("projection", "forward"), device, z, dim, total)
+            args = (z, weight, dim, total)
+            check("projection", "forward.weighted", of("projection", "forward.weighted"), device, *args)
+            y = _library._references["projection"]["forward.weighted"](*args)
+            check("projection", "backward", of("projection", "backward"), device, plain, y, dim)
+            backward = of("projection", "backward.weighted")
+            for given, needed in ((z, 3), (z, 2), (z, 1), (None, 1)):
+                args = (grad_y, given, y, weight, dim, needed)
+                check("projection", "backward.weighted", backward, device, *args)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", [(), (2, 0), (3, 0, 2), (1,), (1, 1)], ids=str)
 def test_small_shapes(kernels: Any, transform: str, shape: tuple[int, ...]) -> None:
@@ -231,6 +253,11 @@ def test_small_shapes(kernels: Any, transform: str, shape: tuple[int, ...]) -> N
     if transform == "simplex":
         check(transform, "forward", of(transform, "forward"), device, raw, 0)
         check(transform, "backward", of(transform, "backward"), device, raw, raw, 0)
+    elif transform == "projection":
+        check(transform, "forward", of(transform, "forward"), device, raw, 0, 1.0)
+        check(transform, "backward", of(transform, "backward"), device, raw, raw, 0)
+        check(transform, "forward.weighted", of(transform, "forward.weighted"), device, raw, raw, 0, 2.0)
+        check(transform, "backward.weighted", of(transform, "backward.weighted"), device, raw, raw, raw, raw, 0, 3)
     else:
         check(transform, "forward", of(transform, "forward"), device, raw, -1.0, INF)
         check(transform, "backward", of(transform, "backward"), device, raw, raw, raw, -1.0, INF)
@@ -245,7 +272,8 @@ def test_threads_change_nothing() -> None:
             torch.set_num_threads(count)
             one = _library.overload("bounded", "backward")(grad_x, None, raw, 0.0, 1.0)
             rows = [_library.overload("simplex", "backward")(grad_x, raw, dim) for dim in range(3)]
-            results.append([one, *rows])
+            projected = [_library.overload("projection", "forward")(raw, dim, 1.0) for dim in range(3)]
+            results.append([one, *rows, *projected])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -253,10 +281,11 @@ def test_threads_change_nothing() -> None:
 
 def test_every_kernel_is_pinned() -> None:
     """A new kernel has to be added above: the lists here are all that there is."""
-    assert set(TRANSFORMS) == {"bounded", "exponential", "simplex"}
+    assert set(TRANSFORMS) == {"bounded", "exponential", "simplex", "projection"}
     assert set(_library.ELEMENTWISE) == {
         name + variant
         for name in ("forward", "forward_log_det", "backward", "double_backward")
         for variant in ("", ".tensor")
     }
     assert set(_library.ROWWISE) == {"forward", "backward", "double_backward"}
+    assert set(_library.PROJECTION) == {"forward", "backward", "forward.weighted", "backward.weighted"}

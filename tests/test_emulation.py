@@ -56,9 +56,9 @@ def check(
 ) -> None:
     """One call against the reference: values, and dtype, layout and emptiness of results as ``_library`` promises."""
     operator = kernels[transform][kernel]
-    names = [argument.name for argument in operator._schema.arguments]
-    raw = args[names.index("raw")]
-    needed = args[names.index("needed")] if "needed" in names else -1
+    raw = args[_library.like_position(operator)]
+    needed_at = _library._argument_positions(operator).get("needed")
+    needed = -1 if needed_at is None else args[needed_at]
     results = as_tuple(operator(*args))
     doubles = [a.double() if isinstance(a, Tensor) else a for a in args]
     expected = as_tuple(_library._references[transform][kernel](*doubles))
@@ -219,6 +219,24 @@ def check_rows(kernels: Any, raw: Tensor, dim: int, like: Callable[[], Tensor], 
     check(kernels, "simplex", "double_backward", a, g, raw, dim, 3, **tolerance)
 
 
+def like_rounding(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 2 * torch.finfo(dtype).eps, "atol": torch.finfo(dtype).tiny}
+
+
+def check_projection(kernels: Any, x: Tensor, dim: int, like: Callable[[], Tensor], **tolerance: float) -> None:
+    """With numbers so that from one to all of a row end up on the support."""
+    weight = like().abs() + 1
+    for scale, total in ((1.0, 1.0), (0.125, 4.0)):
+        z = (x * scale).as_strided(x.shape, x.stride()) if x.numel() and 0 in x.stride() else x * scale
+        check(kernels, "projection", "forward", z, dim, total, **tolerance)
+        check(kernels, "projection", "forward.weighted", z, weight, dim, total, **tolerance)
+        y = _library._references["projection"]["forward.weighted"](z, weight, dim, total)
+        y = torch.empty_like(z).copy_(y)
+        check(kernels, "projection", "backward", like(), y, dim, **tolerance)
+        for given, needed in ((z, 3), (z, 2), (None, 1)):
+            check(kernels, "projection", "backward.weighted", like(), given, y, weight, dim, needed, **tolerance)
+
+
 LENGTHS = [1, 2, 3, 4, 5, 8, 31, 32, 33, 127, 128, 129, 132, 255, 256, 257, 264, 511, 513, 1023, 1024, 1025]
 
 
@@ -230,6 +248,7 @@ def test_contiguous_rows(kernels: Any, length: int, offset: int, dtype: torch.dt
     shape = (rows, length)
     unaligned = lambda: sample((rows * length + offset,), dtype)[offset:].view(shape)  # noqa: E731
     check_rows(kernels, unaligned(), 1, unaligned)
+    check_projection(kernels, unaligned(), 1, unaligned)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +264,7 @@ def test_contiguous_rows(kernels: Any, length: int, offset: int, dtype: torch.dt
 )
 def test_rows_too_long_for_registers(kernels: Any, dtype: torch.dtype, length: int) -> None:
     check_rows(kernels, sample((2, length), dtype), 1, lambda: sample((2, length), dtype))
+    check_projection(kernels, sample((2, length), dtype), 1, lambda: sample((2, length), dtype))
 
 
 COLUMNS = [
@@ -257,6 +277,7 @@ COLUMNS = [
 @pytest.mark.parametrize(("shape", "dim"), COLUMNS, ids=str)
 def test_rows_along_other_dimensions(kernels: Any, shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
     check_rows(kernels, sample(shape, dtype), dim, lambda: sample(shape, dtype))
+    check_projection(kernels, sample(shape, dtype), dim, lambda: sample(shape, dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
@@ -265,6 +286,7 @@ def test_row_layouts(kernels: Any, layout: str, dtype: torch.dtype) -> None:
     raw = layouts(dtype)[layout]()
     for dim in range(max(raw.dim(), 1)):
         check_rows(kernels, raw, dim, layouts(dtype)[layout])
+        check_projection(kernels, raw, dim, layouts(dtype)[layout])
         check_rows(kernels, raw, dim, lambda: sample(tuple(raw.shape), dtype))
 
 
@@ -274,12 +296,14 @@ def test_row_layouts(kernels: Any, layout: str, dtype: torch.dtype) -> None:
 def test_more_rows_than_the_grid(kernels: Any, shape: tuple[int, int], dim: int) -> None:
     raw, g = sample(shape, torch.float32), sample(shape, torch.float32)
     check(kernels, "simplex", "backward", g, raw, dim)
+    check(kernels, "projection", "forward", raw, dim, 1.0)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4)], ids=str)
 def test_no_rows(kernels: Any, shape: tuple[int, ...]) -> None:
     raw = torch.empty(shape)
     assert kernels["simplex"]["forward"](raw, 1).shape == raw.shape
+    assert kernels["projection"]["forward.weighted"](raw, raw, 1, 1.0).shape == raw.shape
     assert [r.shape for r in kernels["simplex"]["double_backward"](raw, raw, raw, 1, 3)] == [raw.shape] * 2
 
 
@@ -316,6 +340,50 @@ def test_masked_and_extreme_rows(kernels: Any, shape: tuple[int, int], dim: int,
     assert (x[finite] > 0).all() and (x[raw == -inf].nan_to_num() == 0).all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dim"),
+    [((9, 7), 1), ((9, 200), 1), ((9, 700), 1), ((9, 17_000), 1), ((40, 9), 0), ((2000, 9), 0)],
+    ids=str,
+)
+def test_masked_and_extreme_rows_of_a_projection(
+    kernels: Any, shape: tuple[int, int], dim: int, dtype: torch.dtype
+) -> None:
+    x = sample(shape, dtype).movedim(dim, 1).contiguous()
+    x[1] = -inf
+    x[1, 3] = 1.0
+    x[2, :5] = -inf
+    x[3, 2] = nan
+    x[4] = 7.0  # all are the largest: the smallest numbers that a row can give
+    x[5, 0], x[5, 1:] = 3e4, -3e4
+    x[6] = -inf
+    x[7, 4] = inf
+    weight = sample(shape, dtype).movedim(dim, 1).abs() + 1
+    weight[8, 2] = 0
+    x, weight = (t.movedim(1, dim).contiguous() for t in (x, weight))
+    check(kernels, "projection", "forward", x, dim, 1.0)
+    check(kernels, "projection", "forward.weighted", x, weight, dim, 1.0, rtol=1e-2 if dtype == torch.float32 else 2e-2)
+    y = kernels["projection"]["forward"](x, dim, 1.0)
+    check(kernels, "projection", "backward", sample(shape, dtype), y, dim)
+    y = y.movedim(dim, 1)
+    torch.testing.assert_close(y[4].double(), torch.full(y[4].shape, 1 / y.shape[1]).double(), **like_rounding(dtype))
+    assert y[1, 3] == y[5, 0] == 1 and (y[2, :5] == 0).all()
+    weighted = kernels["projection"]["forward.weighted"](x, weight, dim, 1.0).movedim(dim, 1)
+    assert y[[3, 6, 7]].isnan().all() and weighted[[3, 6, 7, 8]].isnan().all()
+
+
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_sums_of_projected_rows(kernels: Any, weighted: bool) -> None:
+    """In float32, over supports of every size."""
+    for shape in ((40, 9), (20, 500), (5, 30_000)):
+        for scale in (1e-7, 1e-4, 0.1, 1.0, 1e4):
+            x = 5 + sample(shape, torch.float32) * scale
+            arguments = (x, sample(shape, torch.float32).abs() + 0.1) if weighted else (x,)
+            y = kernels["projection"]["forward.weighted" if weighted else "forward"](*arguments, 1, 1.0)
+            assert (y >= 0).all()
+            assert ((y.double().sum(1) - 1).abs() <= 1e-6).all()
+
+
 def test_one_entry_nearly_one(kernels: Any) -> None:
     """Without the shift by the value at the peak, float32 loses the gradient's digits here."""
     for length, dim in ((6, 1), (300, 1), (17_000, 1), (40, 0), (2000, 0)):
@@ -339,6 +407,12 @@ def test_operands_that_do_not_fit_are_refused(kernels: Any) -> None:
         kernels["simplex"]["backward"](torch.zeros(4, dtype=torch.float64), raw, 0)
     with pytest.raises(RuntimeError, match=r"simplex_forward.*dim"):
         kernels["simplex"]["forward"](raw, 1)
+    with pytest.raises(RuntimeError, match=r"projection_forward.*weight must have the shape of x"):
+        kernels["projection"]["forward.weighted"](raw, torch.ones(3), 0, 1.0)
+    with pytest.raises(RuntimeError, match=r"projection_backward.*grad_y must have the shape of y"):
+        kernels["projection"]["backward"](torch.ones(3), raw, 0)
+    with pytest.raises(RuntimeError, match=r"projection_backward.*needs x"):
+        kernels["projection"]["backward.weighted"](raw, None, raw, raw, 0, 3)
     with pytest.raises(RuntimeError, match=r"bounded_forward.*raw"):
         kernels["bounded"]["forward"](torch.zeros(4, dtype=torch.int32), 0.0, 1.0)
 

@@ -32,6 +32,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "positive_exp": lambda raw: co.positive(raw, kind="exp", return_log_det=True),
     "simplex": lambda raw: co.simplex(raw),
     "simplex_0": lambda raw: co.simplex(raw, 0),
+    "projection": lambda x: co.project_simplex(x, total=2.0),
 }
 INVERSES: dict[str, Callable[[Tensor], Any]] = {
     "bounded_inverse": lambda x: co.bounded_inverse(x, -1.0, 2.5),
@@ -275,7 +276,9 @@ def operator_arguments(transform: str, kernel: str) -> tuple[Any, ...]:
         if name in ("lower", "upper"):
             side = -1.0 if name == "lower" else 2.0
             return torch.full((), side, device=DEVICE).expand(3, 4) if kernel.endswith(".tensor") else side
-        return {"dim": 1, "needed": -1}.get(name, torch.randn(3, 4, device=DEVICE))
+        if name in ("weight", "y"):
+            return torch.rand(3, 4, device=DEVICE) + 0.5
+        return {"dim": 1, "needed": -1, "total": 1.0}.get(name, torch.randn(3, 4, device=DEVICE))
 
     return tuple(value(argument.name) for argument in _library.overload(transform, kernel)._schema.arguments)
 

@@ -37,6 +37,7 @@ def test_compiles_without_spilling_or_approximations(target: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"elementwise_kernel", *(f"softmax_{kernel}_kernel" for kernel in TRANSFORMS["simplex"])}
+    names |= {"projection_forward_kernel", "projection_backward_kernel"}
     assert {kernel["name"] for kernel in kernels} == names
     assert not [kernel for kernel in kernels if kernel["approximations"]]
     # Reductions may drop NaN, because the sums beside them do not.
@@ -51,13 +52,15 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     from constrained_ops.triton import KERNELS, launch
     from constrained_ops.triton import simplex as rowwise
 
-    bounded, exponential, simplex = (KERNELS[transform] for transform in ("bounded", "exponential", "simplex"))
+    bounded, exponential, simplex, projection = (KERNELS[transform] for transform in TRANSFORMS)
     raw, bound = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=compute_dtype(dtype))
     row = bound[:1].expand(64, 64)
     bounded["forward"](raw, 0.0, 1.0)
     bounded["double_backward.tensor"](raw, bound, bound, raw, raw, raw, row, bound, 31)
     exponential["double_backward"](raw, raw, raw, raw, 0.0, INF, 7)
     simplex["double_backward"](raw, raw, raw, 1, 3)
+    projection["forward.weighted"](raw, raw, 1, 1.0)
+    projection["backward.weighted"](raw, raw, raw, raw, 1, 3)
     if not everything:
         return
     for bounds in ((0.0, 1.0), (0.0, INF), (-INF, 0.0), (-INF, INF)):
@@ -75,6 +78,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     ):  # as for tensors of more than 2^31 elements
         bounded["forward.tensor"](raw[:, ::2], row[:, ::2], bound[:, ::2])
         simplex["backward"](raw, raw, 1)
+        projection["forward"](raw, 1, 1.0)
     exponential["forward_log_det"](raw, 0.0, INF)
     exponential["backward"](raw, raw, raw, 0.0, INF)
     exponential["forward_log_det.tensor"](raw, row, row)
@@ -85,6 +89,11 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         simplex["forward"](raw, 1)
         simplex["backward"](raw, raw, 1)
         simplex["double_backward"](raw, raw, raw, 1, 2)
+        projection["forward"](raw, 1, 1.0)
+        projection["forward.weighted"](raw, raw, 1, 1.0)
+        projection["backward"](raw, raw, 1)
+        projection["backward.weighted"](raw, None, raw, raw, 1, 1)
+        projection["backward.weighted"](raw, raw, raw, raw, 1, 2)
 
 
 def compile_for(target: str) -> None:

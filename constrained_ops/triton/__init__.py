@@ -4,7 +4,12 @@ The same kernels as ``csrc/cuda``, from the formulas of ``csrc/math`` in their o
 both to the reference.
 """
 
-from . import bounded, positive, simplex
+from . import bounded, positive, projection, simplex
 
 # transform -> kernel -> implementation, with the names and signatures of _library.TRANSFORMS
-KERNELS = {"bounded": bounded.KERNELS, "exponential": positive.KERNELS, "simplex": simplex.KERNELS}
+KERNELS = {
+    "bounded": bounded.KERNELS,
+    "exponential": positive.KERNELS,
+    "simplex": simplex.KERNELS,
+    "projection": projection.KERNELS,
+}

@@ -8,7 +8,6 @@ A transform is a function ``(raw, bounds) -> Point``; a program reads what it ne
 import functools
 import math
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_float, c_int32, c_int64
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import ABSENT, LINEAR, UNIFORM, Walk, device_of, empty_results
-from .numeric import clamp, divide, log, next_above, next_below, to_compute, to_storage
+from .numeric import bits_of, clamp, divide, from_bits, log, next_above, next_below, to_compute, to_storage
 
 
 class Bounds(NamedTuple):
@@ -46,15 +45,6 @@ def bounds_of_scalars(lower, upper, width, inverse_width, log_width, STORAGE: tl
     width, inverse_width = from_bits(width, STORAGE), from_bits(inverse_width, STORAGE)
     smallest, largest = next_above(lower, STORAGE), next_below(upper, STORAGE)
     return Bounds(lower, upper, width, inverse_width, from_bits(log_width, STORAGE), smallest, largest)
-
-
-@triton.jit
-def from_bits(bits, STORAGE: tl.constexpr):
-    """A number of the compute dtype. Triton passes floats as float32, but the bits of a double unchanged."""
-    if STORAGE == tl.float64:
-        return bits.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 class Point(NamedTuple):
@@ -200,8 +190,7 @@ def _bits_of_scalars(lower: float, upper: float, double: bool) -> tuple[int, ...
     """lower, upper, width, 1 / width and log(width), computed in double, as bits of the compute dtype."""
     width = upper - lower
     inverse_width, log_width = (1 / width, math.log(width)) if width > 0 else (math.nan, math.nan)
-    number, bits = (c_double, c_int64) if double else (c_float, c_int32)
-    return tuple(bits.from_buffer(number(x)).value for x in (lower, upper, width, inverse_width, log_width))
+    return tuple(bits_of(x, double) for x in (lower, upper, width, inverse_width, log_width))
 
 
 def kernels(transform_between: Callable[[Any, Any], Any]) -> dict[str, Callable[..., Any]]:

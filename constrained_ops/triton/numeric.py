@@ -7,6 +7,7 @@ is not rounded correctly.
 # ruff: noqa: N803, N806, RET505, SIM300  (Triton: constants in capitals, static branches)
 
 import math
+from ctypes import c_double, c_float, c_int32, c_int64
 from typing import Any, NamedTuple
 
 import triton
@@ -170,6 +171,21 @@ def log(x):
     kf = k.to(x.dtype)
     result = kf * LN2_HI + (2.0 * z + (z * z * z * atanh_tail(z * z) + kf * LN2_LO))
     return tl.where(x > 0.0, result, tl.where(x == 0.0, -INFINITY, float("nan")))
+
+
+def bits_of(number: float, double: bool) -> int:
+    """The bits of a number in the compute dtype, for :func:`from_bits`."""
+    source, bits = (c_double, c_int64) if double else (c_float, c_int32)
+    return bits.from_buffer(source(number)).value
+
+
+@triton.jit
+def from_bits(bits, STORAGE: tl.constexpr):
+    """A number of the compute dtype. Triton passes floats as float32, but the bits of a double unchanged."""
+    if STORAGE == tl.float64:
+        return bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        return bits.to(tl.int32).to(tl.float32, bitcast=True)
 
 
 # --- Storage formats: 16-bit ones compute in float32, the others in themselves ---------------------------------------

@@ -222,10 +222,16 @@ def softmax_double_backward_kernel(
 # --- The launcher ----------------------------------------------------------------------------------------------------
 
 
-def _launch(
-    kernel: Any, results: Sequence[Tensor], operands: Sequence[Tensor], dense: Tensor, dim: int, **options: Any
+def launch_rows(
+    kernel: Any,
+    results: Sequence[Tensor],
+    operands: Sequence[Tensor],
+    dense: Tensor,
+    dim: int,
+    heavy: bool = False,
+    **options: Any,
 ) -> None:
-    """Run a kernel on tensors of the layout of `dense`, empty ones excepted."""
+    """Run a kernel on tensors of the layout of `dense`, empty ones excepted; a heavy one with twice the registers."""
     size = dense.size(dim) if dense.dim() else 1
     inner = dense.stride(dim) if size > 1 else 1
     outer = dense.numel() // (size * inner)
@@ -247,7 +253,7 @@ def _launch(
         INNERS=inners,
         ONE_BLOCK=size <= block,
         WIDE=max(outers * size, size + block) * inner > NARROW,
-        num_warps=outers * block * inners // (128 if double else 512),
+        num_warps=outers * block * inners // (128 if double else 512) * (2 if heavy else 1),
         **options,
     )
 
@@ -256,7 +262,7 @@ def _forward(raw: Tensor, dim: int) -> Tensor:
     (x,) = empty_results(raw, [raw.dtype], 1)
     if x.numel():
         with device_of(raw):
-            _launch(softmax_forward_kernel, [x], [with_layout_of(x, raw)], x, dim)
+            launch_rows(softmax_forward_kernel, [x], [with_layout_of(x, raw)], x, dim)
     return x
 
 
@@ -265,7 +271,7 @@ def _backward(grad_x: Tensor, raw: Tensor, dim: int, _: Tensor | None = None) ->
     if grad_raw.numel():
         operands = [with_layout_of(grad_raw, t) for t in (grad_x, raw)]
         with device_of(raw):
-            _launch(softmax_backward_kernel, [grad_raw], operands, grad_raw, dim)
+            launch_rows(softmax_backward_kernel, [grad_raw], operands, grad_raw, dim)
     return grad_raw
 
 
@@ -276,7 +282,9 @@ def _double_backward(along_raw: Tensor, grad_x: Tensor, raw: Tensor, dim: int, n
         operands = [with_layout_of(for_raw, t) for t in (along_raw, grad_x, raw)]
         results, with_for_grad_x = [for_grad_x, for_raw], for_grad_x.numel() > 0
         with device_of(raw):
-            _launch(softmax_double_backward_kernel, results, operands, for_raw, dim, WITH_FOR_GRAD_X=with_for_grad_x)
+            launch_rows(
+                softmax_double_backward_kernel, results, operands, for_raw, dim, WITH_FOR_GRAD_X=with_for_grad_x
+            )
     elif for_grad_x.numel():
         for_grad_x = _backward(along_raw, raw, dim)
     return for_grad_x, for_raw

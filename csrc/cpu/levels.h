@@ -10,6 +10,7 @@ struct Loops {
   ElementwiseLoop (*bounded)(Kernel, Dtype, BoundsKind);
   ElementwiseLoop (*exponential)(Kernel, Dtype, BoundsKind);
   RowLoop (*softmax)(Kernel, Dtype);
+  ProjectionLoop (*projection)(Projection, Dtype);
 };
 
 // The widest that this processor has; CONSTRAINED_OPS_SIMD (baseline, x86-64-v3, x86-64-v4) asks for a lesser one.

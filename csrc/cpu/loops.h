@@ -48,9 +48,9 @@ struct RowUnits {
   int64_t per_outer = 0;      // blocks of neighbouring rows in each outer index; 0: rows are taken as they come
   int64_t count;
 
-  explicit RowUnits(const RowLayout& layout) {
+  RowUnits(const RowLayout& layout, int64_t longest_in_tile) {
     const int64_t length = layout.length, inner = layout.inner;
-    way = length <= 64 && inner % lanes != 0 ? tiles : inner == 1 ? rows : columns;
+    way = length <= longest_in_tile ? tiles : inner == 1 ? rows : columns;
     if (way == rows) {
       rows_per_unit = std::clamp<int64_t>(1024 / length, 1, max_rows);
       count = (layout.outer + rows_per_unit - 1) / rows_per_unit;
@@ -63,10 +63,31 @@ struct RowUnits {
   }
 };
 
+inline RowUnits softmax_units(const RowLayout& layout) {
+  return {layout, layout.inner % RowUnits::lanes != 0 ? 64 : 0};
+}
+
+inline RowUnits projection_units(const RowLayout& layout, bool forward) {
+  // One row alone waits for what is summed up along it, in forward several times. Rows that lie apart have no better
+  // way than a tile while that fits the second-level cache.
+  return {layout, layout.inner > 1 ? 1024 : forward ? 1024 : 32};
+}
+
+enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
+
+struct ProjectionCall {
+  RowLayout layout;
+  const void* inputs[4];  // forward: x[, weight]; backward: grad_y, y[, weight[, x]]
+  void* outputs[2];       // null: not wanted
+  double total;
+};
+using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
+
 #define CO_DECLARE_LOOPS                                                           \
   ElementwiseLoop bounded_loop(Kernel kernel, Dtype dtype, BoundsKind bounds);     \
   ElementwiseLoop exponential_loop(Kernel kernel, Dtype dtype, BoundsKind bounds); \
-  RowLoop softmax_loop(Kernel kernel, Dtype dtype);
+  RowLoop softmax_loop(Kernel kernel, Dtype dtype);                                \
+  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);
 
 namespace baseline {
 CO_DECLARE_LOOPS

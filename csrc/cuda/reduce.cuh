@@ -1,5 +1,6 @@
 // Threads that work on one row together, and how they merge what each has found. A state is a struct of `count` numbers
 // `values`, with `none()` that adds nothing and `merge(a, b)`; every thread of the group gets the merged state.
+// `any(condition)`: whether it holds for some row of the threads that merge() keeps together. Threads of one row agree.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -14,6 +15,20 @@
 namespace constrained_ops {
 
 constexpr unsigned whole_warp = 0xffffffffu;
+
+template <typename T, int n>
+struct Sums {
+  static constexpr int count = n;
+  T values[n];
+
+  CO_HD static Sums none() { return {}; }
+  CO_HD static Sums merge(const Sums& a, const Sums& b) {
+    Sums sum;
+#pragma unroll
+    for (int i = 0; i < n; ++i) sum.values[i] = a.values[i] + b.values[i];
+    return sum;
+  }
+};
 
 // Merges over `width` neighbouring lanes, a power of two, several states side by side. merge() must not care for the
 // order of its arguments: lanes merge the same states in different orders.
@@ -54,6 +69,8 @@ struct LaneGroup {
   __device__ __forceinline__ void merge(State (&states)[n]) {
     merge_lanes(states, width());
   }
+
+  __device__ __forceinline__ bool any(bool condition) const { return __any_sync(whole_warp, condition); }
 };
 
 // A row per block. Needs `shared_bytes` of shared memory.
@@ -91,6 +108,8 @@ struct BlockGroup {
     state[0] = lane < warps ? slots[lane] : State::none();
     merge_lanes(state, warp_size);
   }
+
+  __device__ __forceinline__ bool any(bool condition) const { return condition; }
 };
 
 // Rows that lie side by side, a column of threads per row: neighbouring threads read neighbouring addresses. Threads
@@ -128,6 +147,10 @@ struct ColumnGroup {
     }
     __syncthreads();
     state[0] = slots[row()];
+  }
+
+  __device__ __forceinline__ bool any(bool condition) const {
+    return lines == 1 ? condition : __syncthreads_or(condition) != 0;
   }
 };
 

@@ -2,11 +2,13 @@
 // what: a group of threads (reduce.cuh) takes a row, each thread `items` numbers of it, `vector` neighbours at a time.
 //
 // A program has `inputs` and `results` (result k takes the place of input k) and works on values[inputs][items], with
-// `padding(k)` where a row has ended:
+// `padding(k)` where a row has ended; it is `heavy` if that leaves it too few registers:
 //   whole(group, values)             rows that are all in registers, several at a time
-//   State, add(state, values)        rows in parts: what one part adds to the state of the row
-//   Extra, extend(state, values)     ... and what a second reading of a part adds, if `rereads`
-//   finish(state, extra, values)     the results of a part
+//   State, add(state, values)              rows in parts: what one part adds to the state of the row
+//   Known, know(state)                     ... what follows from the state of the whole row
+//   Extra, extend(known, extra, values)    ... what another reading of a part adds, if `rereads`
+//   again(known, extra)                    ... and whether one more reading has to follow
+//   finish(known, extra, values)           the results of a part
 #pragma once
 
 #include <cuda_runtime.h>
@@ -138,16 +140,20 @@ __global__ void __launch_bounds__(threads, 1)
       program.add(state[0], values);
     }
     group.merge(state);
+    typename Program::Known known = program.know(state[0]);
     if constexpr (Program::rereads) {
-      for (int64_t at = 0; at < rows.length; at += part) {
-        load_items<vector>(operands, row.from(at), group, values);
-        program.extend(state[0], extra[0], values);
-      }
-      group.merge(extra);
+      do {
+        extra[0] = Program::Extra::none();
+        for (int64_t at = 0; at < rows.length; at += part) {
+          load_items<vector>(operands, row.from(at), group, values);
+          program.extend(known, extra[0], values);
+        }
+        group.merge(extra);
+      } while (group.any(program.again(known, extra[0])));
     }
     for (int64_t at = 0; at < rows.length; at += part) {
       load_items<vector>(operands, row.from(at), group, values);
-      program.finish(state[0], extra[0], values);
+      program.finish(known, extra[0], values);
       store_items<vector>(operands, row.from(at), group, values);
     }
   }
@@ -161,7 +167,7 @@ constexpr int lane_threads = 256, column_threads = 512, block_threads = 1024;
 template <typename Storage>
 constexpr int few_items = 32 / static_cast<int>(sizeof(compute_t<Storage>));
 template <typename Program, typename Storage>
-constexpr int most_items = (Program::inputs < 3 ? 2 : 1) * few_items<Storage>;
+constexpr int most_items = (Program::inputs < 3 && !Program::heavy ? 2 : 1) * few_items<Storage>;
 
 inline int round_up_to_power_of_two(int64_t n) {
   int power = 1;
@@ -171,7 +177,8 @@ inline int round_up_to_power_of_two(int64_t n) {
 
 template <typename Program>
 constexpr int state_bytes(bool in_parts) {
-  return static_cast<int>(in_parts ? sizeof(typename Program::State) : sizeof(typename Program::Part));
+  return static_cast<int>(in_parts ? std::max(sizeof(typename Program::State), sizeof(typename Program::Extra))
+                                   : sizeof(typename Program::Part));
 }
 
 template <int vector, int items, int batch, int width, typename Program, typename Storage>
@@ -208,8 +215,8 @@ void launch_contiguous(const Queue& queue, const RowOperands<Program, Storage>& 
   if constexpr (most > few) {
     if (length <= most * block_threads) return launch_blocks<vector, most>(queue, operands, rows, program);
   }
-  constexpr int threads =
-      sizeof(compute_t<Storage>) == 8 ? block_threads / 2 : block_threads;  // as the registers allow
+  constexpr bool few_registers = sizeof(compute_t<Storage>) == 8 || Program::heavy;
+  constexpr int threads = few_registers ? block_threads / 2 : block_threads;
   const BlockGroup group(threads, state_bytes<Program>(true));
   launch(queue, Grid(limit_blocks(rows.count, threads, queue), threads, group.shared_bytes()),
          long_row_kernel<threads, few, vector, Program, Storage, BlockGroup>, operands, rows, group, program);

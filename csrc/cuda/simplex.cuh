@@ -7,21 +7,6 @@
 
 namespace constrained_ops {
 
-// Sums of products with the weights exp(raw - peak).
-template <typename T, int n>
-struct Sums {
-  static constexpr int count = n;
-  T values[n];
-
-  CO_HD static Sums none() { return {}; }
-  CO_HD static Sums merge(const Sums& a, const Sums& b) {
-    Sums sum;
-#pragma unroll
-    for (int i = 0; i < n; ++i) sum.values[i] = a.values[i] + b.values[i];
-    return sum;
-  }
-};
-
 // The largest raw and what the other inputs are there. Where it occurs more than once, the largest of those decide: all
 // threads must come to the same, whatever the order in which they merge.
 template <typename T, int n>
@@ -52,7 +37,7 @@ template <typename Scalar, int order>
 struct Softmax {
   using T = Scalar;
   static constexpr int inputs = 1 + order, results = order == 2 ? 2 : 1;
-  static constexpr bool rereads = order == 2;
+  static constexpr bool rereads = order == 2, heavy = false;
 
   using Part =
       Sums<T, inputs>;       // of the weights, and of the weights times the other inputs less their values at the peak
@@ -101,6 +86,8 @@ struct Softmax {
       return of(peak, Part::merge(a.relative_to(peak), b.relative_to(peak)));
     }
   };
+
+  using Known = State;
 
   T smallest;  // the least positive number of the storage format
 
@@ -213,6 +200,10 @@ struct Softmax {
     const Peak<T, inputs> peak = find_peak(values);
     state = State::merge(state, State::of(peak, weigh(peak, values)));
   }
+
+  CO_HD const Known& know(const State& state) const { return state; }
+
+  CO_HD static bool again(const Known&, const Extra&) { return false; }
 
   template <int items>
   CO_HD void extend(const State& state, Extra& extra, T (&values)[inputs][items]) const {

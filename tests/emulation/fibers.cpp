@@ -45,6 +45,7 @@ struct Device {
   Barrier block, warps[max_threads / warp_size];
   uint64_t slots[2][max_threads];
   std::unique_ptr<unsigned char[]> shared;
+  bool vote = false;
   const std::function<void()>* kernel;
   ucontext_t scheduler;
   std::string failure;
@@ -137,6 +138,17 @@ void run_block(int threads) {
 unsigned char* shared_memory() { return device().shared.get(); }
 
 void sync_block() { wait(device().block, "__syncthreads"); }
+
+bool any_of_block(bool condition) {
+  Device& d = device();
+  d.vote = d.vote || condition;
+  wait(d.block, "__syncthreads_or");
+  const bool outcome = d.vote;
+  wait(d.block, "__syncthreads_or");
+  d.vote = false;
+  wait(d.block, "__syncthreads_or");
+  return outcome;
+}
 
 uint64_t exchange(unsigned mask, uint64_t value, int source, int width) {
   if (mask != 0xffffffffu) throw std::logic_error("a warp operation leaves out lanes that take part in it");

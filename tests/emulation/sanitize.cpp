@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../../csrc/cuda/elementwise.cuh"
+#include "../../csrc/cuda/projection.cuh"
 #include "../../csrc/cuda/simplex.cuh"
 #include "../../csrc/math/bounded.h"
 
@@ -131,14 +132,65 @@ void softmax(int64_t outer, int64_t length, int64_t inner, int shift = 0) {
   }
 }
 
+// Rows onto the simplex and back; the support, which the results tell, decides what is expected.
+template <typename Storage>
+void project(int64_t outer, int64_t length, int64_t inner, int shift = 0) {
+  using T = compute_t<Storage>;
+  const int64_t n = outer * length * inner;
+  const Memory<Storage> x(n, shift), grad(n, shift);
+  Memory<Storage> weight(n, shift), y(n, shift), weighted(n, shift), grad_x(n, shift), grad_weight(n, shift);
+  for (int64_t i = 0; i < n; ++i) weight.data[i] = to_storage<Storage>(static_cast<T>(1 + std::abs(weight[i])));
+  const Rows rows(outer, length, inner);
+  launch_rows(queue, RowOperands<Project<T, false>, Storage>{{x.data}, {y.data}}, rows, Project<T, false>{T(1)});
+  launch_rows(queue, RowOperands<Project<T, true>, Storage>{{x.data, weight.data}, {weighted.data}}, rows,
+              Project<T, true>{T(1)});
+  const auto check_row = [&](int64_t first, const Memory<Storage>& y, const auto& u) {
+    double sum = 0, slope = 0, total = 0;
+    for (int64_t k = 0, at = first; k < length; ++k, at += inner) {
+      total += y[at];
+      if (y[at] == 0) continue;
+      sum += x[at];
+      slope += u(at);
+    }
+    const double lambda = (sum - 1) / slope;
+    if (!(std::abs(total - 1) <= tolerance<Storage>)) expect("sum", first, Storage(y.data[first]), NAN);
+    for (int64_t k = 0, at = first; k < length; ++k, at += inner)
+      expect("projection", at, y.data[at], std::max(0.0, x[at] - lambda * u(at)));
+  };
+  using Backward = ProjectBackward<T, true, true>;
+  launch_rows(
+      queue,
+      RowOperands<Backward, Storage>{{grad.data, weight.data, weighted.data, x.data}, {grad_x.data, grad_weight.data}},
+      rows, Backward{});
+  for (int64_t row = 0; row < outer * inner; ++row) {
+    const int64_t first = row / inner * length * inner + row % inner;
+    check_row(first, y, [](int64_t) { return 1.0; });
+    check_row(first, weighted, [&](int64_t at) { return 1 / weight[at]; });
+    double sum = 0, slope = 0, rest = 0;
+    for (int64_t k = 0, at = first; k < length; ++k, at += inner) {
+      if (weighted[at] == 0) continue;
+      sum += grad[at] / weight[at];
+      slope += 1 / weight[at];
+      rest += x[at] - weighted[at];
+    }
+    for (int64_t k = 0, at = first; k < length; ++k, at += inner) {
+      const double g = weighted[at] == 0 ? 0 : grad[at] - sum / slope;
+      expect("projection backward", at, grad_x.data[at], g);
+      expect("projection backward, weight", at, grad_weight.data[at], rest / slope / weight[at] / weight[at] * g);
+    }
+  }
+}
+
 // Every way in which threads share memory: a block per row, columns, and both in parts.
 template <typename Storage>
 void sharing_kernels() {
-  softmax<Storage>(3, 300, 1);
-  softmax<Storage>(2, 1032, 1);
-  softmax<Storage>(2, 70, 5);
-  softmax<Storage>(1, 16500, 1);
-  softmax<Storage>(1, 1100, 9);
+  for (const auto rows : {softmax<Storage>, project<Storage>}) {
+    rows(3, 300, 1, 0);
+    rows(2, 1032, 1, 0);
+    rows(2, 70, 5, 0);
+    rows(1, 16500, 1, 0);
+    rows(1, 1100, 9, 0);
+  }
 }
 
 template <typename Storage>
@@ -147,10 +199,13 @@ void other_kernels() {
   strided_interval<Storage>(3, 5);
   strided_interval<Storage>(33, 40);
   for (const int64_t length : {1, 3, 8, 33, 132, 200, 264}) {
-    softmax<Storage>(3, length, 1);
-    softmax<Storage>(3, length, 1, 1);
+    for (const auto rows : {softmax<Storage>, project<Storage>}) {
+      rows(3, length, 1, 0);
+      rows(3, length, 1, 1);
+    }
   }
   softmax<Storage>(2, 17, 3);
+  project<Storage>(2, 17, 3);
 }
 
 }  // namespace

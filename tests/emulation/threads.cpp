@@ -101,6 +101,7 @@ struct Pool {
   Barrier block;
   Launch launch;
   Word finished{0};
+  std::atomic<bool> vote{false};
   int threads = 0;
   std::mutex in_use;
 };
@@ -156,6 +157,17 @@ void serve(int thread) {
 unsigned char* shared_memory() { return pool().launch.shared.get(); }
 
 void sync_block() { pool().block.wait("__syncthreads"); }
+
+bool any_of_block(bool condition) {
+  Pool& p = pool();
+  if (condition) p.vote.store(true);
+  p.block.wait("__syncthreads_or");
+  const bool outcome = p.vote.load();
+  p.block.wait("__syncthreads_or");
+  p.vote.store(false);
+  p.block.wait("__syncthreads_or");
+  return outcome;
+}
 
 uint64_t exchange(unsigned mask, uint64_t value, int source, int width) {
   if (mask != 0xffffffffu) throw std::logic_error("a warp operation leaves out lanes that take part in it");

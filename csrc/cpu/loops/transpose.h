@@ -89,6 +89,12 @@ void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
         return short_rows_to_tile<3>(rows, tile);
       case 4:
         return short_rows_to_tile<4>(rows, tile);
+      case 5:
+        return short_rows_to_tile<5>(rows, tile);
+      case 6:
+        return short_rows_to_tile<6>(rows, tile);
+      case 7:
+        return short_rows_to_tile<7>(rows, tile);
     }
   transpose(rows, length, tile, RowUnits::lanes, count, length);
 }
@@ -101,6 +107,12 @@ void tile_to_rows(const From* tile, To* rows, int64_t length, int64_t count) {
         return tile_to_short_rows<3>(tile, rows);
       case 4:
         return tile_to_short_rows<4>(tile, rows);
+      case 5:
+        return tile_to_short_rows<5>(tile, rows);
+      case 6:
+        return tile_to_short_rows<6>(tile, rows);
+      case 7:
+        return tile_to_short_rows<7>(tile, rows);
     }
   transpose(tile, RowUnits::lanes, rows, length, length, count);
 }

@@ -38,6 +38,9 @@ unsigned char* shared_memory();
 // Waits for all threads of the block.
 void sync_block();
 
+// Waits for all threads of the block; whether one of them brought true.
+bool any_of_block(bool condition);
+
 // Waits for all lanes of the warp, and hands lane `source` of it what that one brought.
 uint64_t exchange(unsigned mask, uint64_t value, int source, int width);
 
@@ -60,12 +63,19 @@ inline int lane() { return static_cast<int>(threadIdx.x % 32); }
 
 inline void __syncthreads() { emulation::sync_block(); }
 
+inline int __syncthreads_or(int condition) { return emulation::any_of_block(condition != 0); }
+
 inline void __syncwarp(unsigned mask = 0xffffffffu) { emulation::exchange(mask, 0, emulation::lane(), 32); }
 
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   const int source = emulation::lane() ^ lane_mask;
   return emulation::shuffle(mask, value, source, width);
+}
+
+inline int __any_sync(unsigned mask, int condition) {
+  for (int distance = 16; distance > 0; distance /= 2) condition |= __shfl_xor_sync(mask, condition, distance);
+  return condition != 0;
 }
 
 template <typename T>

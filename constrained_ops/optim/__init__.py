@@ -1,0 +1,6 @@
+"""Adam under constraints, one launch for all parameters: projected, or walking on the raw values of a transform."""
+
+from .projected import ProjectedAdam
+from .reparametrized import ReparametrizedAdam
+
+__all__ = ["ProjectedAdam", "ReparametrizedAdam"]

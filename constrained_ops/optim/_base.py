@@ -1,0 +1,345 @@
+"""The protocol of ``torch.optim.Adam``, shared by both optimizers: arguments, state, checks, and the cached plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _checks, _library
+from .._constraints import Record, interpret
+from .._library import compute_dtype
+from ._plans import Hyper, Prepared, Slot, plan_class
+from ._sharding import is_sharded, like, local, local_grad, shard
+
+Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+# These belong to an optimizer and not to its state: never in a state_dict, and kept when one is loaded.
+OWN = ("constraint", "metric", "state_dtype")
+_NOT_OURS = ("foreach", "fused", "differentiable")  # left by torch.optim.Adam in its state_dict
+
+_health_check: Callable[[Optimizer], None] = getattr(
+    Optimizer, "_accelerator_graph_capture_health_check", None
+) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009  (its name before torch 2.12)
+
+
+class Binding(NamedTuple):
+    """A constraint fitted to a parameter, and what it was made from."""
+
+    given: Any
+    fitted_to: tuple[torch.dtype, torch.device, torch.Size]
+    record: Record | None
+
+
+class ConstrainedAdam(Optimizer):
+    """``torch.optim.Adam`` with a ``constraint`` per group. Subclasses say whether steps are taken on raw."""
+
+    _step_supports_amp_scaling = True  # GradScaler: leave unscaling, and skipping a step, to step()
+    _reparametrized: bool
+
+    def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
+        self._prepared: Prepared | None = None
+        self._bindings: dict[Tensor, Binding] = {}
+        self._loading: dict[str, Any] | None = None
+        self._positions: list[tuple[int, int]] = []  # (group, parameter) of each slot
+        super().__init__(params, defaults)
+
+    # --- One step ------------------------------------------------------------------------------------------------
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one step; return what ``closure``, which computes the loss anew, returns.
+
+        Raises:
+            RuntimeError: a gradient is sparse.
+            TypeError: a gradient is not of its parameter's dtype.
+            ValueError: a parameter was moved out of its constraint (``ReparametrizedAdam``), or its state has another
+                shape. All of this before anything is written.
+        """
+        _health_check(self)
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        groups = self.param_groups
+        found_inf = getattr(self, "found_inf", None)
+        if found_inf is not None and not all(group["capturable"] for group in groups):
+            if found_inf.item():
+                return loss
+            found_inf = None
+        prepared = self._prepared
+        grads = None if prepared is None else prepared.gradients(self)
+        if prepared is None or grads is None:
+            prepared, grads = self._prepare()
+        elif prepared.written_by_others():
+            self._reconcile(prepared)
+        prepared.run(grads, list(map(_hyper, groups)), getattr(self, "grad_scale", None), found_inf)
+        return loss
+
+    @torch.no_grad()
+    def _prepare(self) -> tuple[Prepared, list[Tensor]]:
+        """Look at everything, and make plans for what has a gradient. State is written only if all is well."""
+        bindings: dict[Tensor, Binding] = {}
+        pending: list[tuple[int, int, Record | None, torch.dtype]] = []
+        for i, group in enumerate(self.param_groups):
+            for j, p in enumerate(group["params"]):
+                bindings[p] = self._bind(i, j)
+                if p.grad is not None:
+                    plan_class(p.device.type, _library._backend)
+                    self._check_grad(i, j)
+                    self._check_state(i, j)
+                    pending.append((i, j, bindings[p].record, self._state_dtype(i, j)))
+        in_force = {} if self._prepared is None else self._prepared.raws_in_force()
+        raws = []
+        for i, j, record, _ in pending:
+            p = self._param(i, j)
+            constraint, raw = in_force.get(p, (None, None))
+            holds = raw is not None and constraint is record and self.state.get(p, {}).get("raw") is raw
+            raws.append(None if holds else self._renewed_raw(i, j, record))
+
+        self._bindings = bindings
+        slots = [self._slot(*each, raw) for each, raw in zip(pending, raws, strict=True)]
+        params = [self._param(i, j) for i, j, *_ in pending]
+        self._positions = [(i, j) for i, j, *_ in pending]
+        self._prepared = Prepared(self, params, slots)
+        return self._prepared, [local_grad(p, p.grad) for p in params]
+
+    @torch.no_grad()
+    def _reconcile(self, prepared: Prepared) -> None:
+        """Somebody wrote to a parameter: derive anew what its raw can no longer say."""
+        raws = [
+            self._renewed_raw(i, j, slot.constraint)
+            for (i, j), slot in zip(self._positions, prepared.slots, strict=True)
+        ]
+        for slot, raw in zip(prepared.slots, raws, strict=True):
+            if slot.raw is not None and raw is not None:
+                slot.raw.copy_(raw)
+        prepared.accept()
+
+    def _renewed_raw(self, i: int, j: int, record: Record | None) -> Tensor | None:
+        """The raw of a parameter that has none yet, or whose raw does not lead to it. ValueError if none does.
+
+        Elements that agree with their raw keep it, so that loading a checkpoint in whatever order loses nothing.
+        """
+        if record is None or not self._reparametrized:
+            return None
+        p = self._param(i, j)
+        part = local(p)
+        raw = self.state.get(p, {}).get("raw")
+        if raw is None:
+            record.check(self._where(i, j), part)
+            return record.inverse(part)
+        raw = local(raw)
+        kept = record.made_by(raw, part)
+        if kept.all():
+            return None
+        record.check(self._where(i, j), part)
+        return torch.where(kept, raw, record.inverse(part))
+
+    def _slot(self, i: int, j: int, record: Record | None, dtype: torch.dtype, raw: Tensor | None) -> Slot:
+        group = self.param_groups[i]
+        p = group["params"][j]
+        state = self.state[p]
+        state["step"] = _step_counter(group, p, state.get("step", 0.0))
+        for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
+            state[name] = _laid_out(p, state[name], dtype) if name in state else torch.zeros_like(p, dtype=dtype)
+        if raw is not None:
+            state["raw"] = like(p, _laid_out(local(p), raw, compute_dtype(p.dtype)))
+        elif record is None or not self._reparametrized:
+            state.pop("raw", None)
+        else:
+            state["raw"] = _laid_out(p, state["raw"], compute_dtype(p.dtype))
+        parts = {name: local(state[name]) for name in (*MOMENTS, "raw") if name in state}
+        return Slot(
+            param=local(p),
+            exp_avg=parts["exp_avg"],
+            exp_avg_sq=parts["exp_avg_sq"],
+            max_exp_avg_sq=parts["max_exp_avg_sq"] if group["amsgrad"] else None,
+            step=state["step"],
+            raw=parts.get("raw"),
+            constraint=record,
+            group=i,
+            grad_stride=local_grad(p, p.grad).stride(),
+        )
+
+    # --- Parameter groups ----------------------------------------------------------------------------------------
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; see ``torch.optim.Optimizer.add_param_group``. Nothing changes if it is not accepted."""
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        try:
+            self._check_group(len(self.param_groups) - 1)
+        except BaseException:
+            self.param_groups.pop()
+            raise
+        self._prepared = None
+
+    @torch.no_grad()
+    def _check_group(self, i: int) -> None:
+        group = self.param_groups[i]
+        _check_options(type(self).__name__, i, group)
+        for j, p in enumerate(group["params"]):
+            _checks.floating(type(self).__name__, p, self._label(i, j))
+            self._state_dtype(i, j)
+            binding = self._bindings[p] = self._bind(i, j)
+            if binding.record is not None and not p.is_meta:
+                binding.record.check(self._where(i, j), local(p))
+
+    def _bind(self, i: int, j: int) -> Binding:
+        group = self.param_groups[i]
+        p, given = group["params"][j], group["constraint"]
+        fitted_to = (p.dtype, p.device, p.shape)
+        known = self._bindings.get(p)
+        if known is not None and known.given is given and known.fitted_to == fitted_to:
+            return known
+        op = type(self).__name__
+        record = interpret(op, given)
+        if record is not None:
+            record = record.on(op, p, self._label(i, j))
+            record = record if self._reparametrized else record.closed(p.dtype)
+            record = shard(self._where(i, j), p, record)
+        return Binding(given, fitted_to, record)
+
+    def _check_grad(self, i: int, j: int) -> None:
+        p = self._param(i, j)
+        if p.grad.layout != torch.strided:
+            raise RuntimeError(f"{self._where(i, j)} has a gradient of layout {p.grad.layout}; it must be dense")
+        if p.grad.dtype != p.dtype or is_sharded(p.grad) != is_sharded(p):
+            kinds = [f"{'sharded ' if is_sharded(t) else ''}{t.dtype}" for t in (p, p.grad)]
+            raise TypeError(f"{self._where(i, j)} is {kinds[0]}, its gradient {kinds[1]}")
+
+    def _check_state(self, i: int, j: int) -> None:
+        p = self._param(i, j)
+        for name, value in self.state.get(p, {}).items():
+            if name in (*MOMENTS, "raw") and value.shape != p.shape:
+                shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                raise ValueError(f"{self._where(i, j)}: its state {name} has shape {shapes}")
+
+    def _state_dtype(self, i: int, j: int) -> torch.dtype:
+        """Of the moments. raw is kept in the compute dtype in any case."""
+        group = self.param_groups[i]
+        p = group["params"][j]
+        compute = compute_dtype(p.dtype)
+        dtype: torch.dtype = group["state_dtype"] or compute
+        if dtype not in (p.dtype, compute):
+            allowed = " or ".join(dict.fromkeys(map(str, (compute, p.dtype))))
+            raise ValueError(f"{self._where(i, j)} is {p.dtype}: state_dtype must be {allowed}, got {dtype}")
+        return dtype
+
+    def _param(self, i: int, j: int) -> Any:
+        return self.param_groups[i]["params"][j]
+
+    def _label(self, i: int, j: int) -> str:
+        names = self.param_groups[i].get("param_names")
+        return f"parameter {j}{f' ({names[j]!r})' if names else ''} of group {i}"
+
+    def _where(self, i: int, j: int) -> str:
+        return f"{type(self).__name__}: {self._label(i, j)}"
+
+    # --- Saving and loading --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ``torch.optim.Adam``'s, which loads it. Without the constraints, metric and state_dtype of the groups."""
+        packed = super().state_dict()
+        packed["param_groups"] = [{k: v for k, v in group.items() if k not in OWN} for group in packed["param_groups"]]
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load the state of an optimizer like this one, or of ``torch.optim.Adam``.
+
+        Constraints, metric and state_dtype stay as they are; moments are converted to this optimizer's state_dtype and
+        never rounded to the parameters' dtype on the way.
+        """
+
+        def remember(_: Optimizer, given: dict[str, Any]) -> None:
+            self._loading = given
+
+        handle = self.register_load_state_dict_pre_hook(remember)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+            self._loading = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        own = [{key: group[key] for key in OWN if key in group} for group in self.__dict__.get("param_groups", [])]
+        super().__setstate__(state)
+        self._prepared, self._bindings = None, {}
+        loading = self.__dict__.setdefault("_loading", None)
+        if loading is None:
+            return
+        for group, kept in zip(self.param_groups, own, strict=True):
+            for key, default in self.defaults.items():
+                group.setdefault(key, default)
+            for key in _NOT_OURS:
+                group.pop(key, None)
+            group.update(kept)
+        ids = chain.from_iterable(group["params"] for group in loading["param_groups"])
+        places = ((i, j) for i, group in enumerate(self.param_groups) for j in range(len(group["params"])))
+        for saved_id, (i, j) in zip(ids, places, strict=True):
+            saved = loading["state"].get(saved_id)
+            if saved:
+                self._take(i, j, saved)
+
+    def _take(self, i: int, j: int, saved: dict[str, Any]) -> None:
+        """Replace what ``torch.optim.Optimizer`` rounded to the parameter's dtype."""
+        group = self.param_groups[i]
+        p = group["params"][j]
+        state = self.state[p]
+        if "step" in saved:
+            state["step"] = _step_counter(group, p, saved["step"]).clone()
+        for name in (*MOMENTS, "raw"):
+            if name in saved:
+                dtype = compute_dtype(p.dtype) if name == "raw" else self._state_dtype(i, j)
+                state[name] = saved[name].detach().to(device=p.device, dtype=dtype, copy=True)
+
+
+def _hyper(group: dict[str, Any]) -> Hyper:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and not group["capturable"]:
+        lr = lr.item()
+    beta1, beta2 = group["betas"]
+    return Hyper(
+        lr,
+        beta1,
+        beta2,
+        group["eps"],
+        group["weight_decay"],
+        group["decoupled_weight_decay"],
+        group["maximize"],
+        group["amsgrad"],
+        group.get("metric", "adam"),
+    )
+
+
+def _step_counter(group: dict[str, Any], p: Tensor, value: Any) -> Tensor:
+    device = p.device if group["capturable"] else "cpu"
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == torch.device(device):
+        return value
+    return torch.as_tensor(value, dtype=torch.float32, device=device)
+
+
+def _laid_out(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
+    """``value`` in ``dtype``, on p's device and in memory as ``torch.empty_like(p)``; itself if it is so already."""
+    stride = torch.empty_like(local(p), device="meta").stride()
+    if value.dtype == dtype and value.device == p.device and local(value).stride() == stride:
+        return value
+    return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
+
+
+def _check_options(op: str, i: int, group: dict[str, Any]) -> None:
+    for name in ("lr", "eps", "weight_decay"):
+        value = group[name]
+        if isinstance(value, Tensor) and (name != "lr" or value.numel() != 1):
+            raise ValueError(f"{op}: {name} of group {i} must be a float{' or one element' if name == 'lr' else ''}")
+        if not value >= 0:
+            raise ValueError(f"{op}: {name} of group {i} must not be negative, got {value}")
+    betas = group["betas"]
+    if len(betas) != 2 or any(isinstance(beta, Tensor) or not 0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{op}: betas of group {i} must be two floats in [0, 1), got {betas}")
+    if (metric := group.get("metric", "adam")) not in ("adam", "euclidean"):
+        raise ValueError(f"{op}: metric of group {i} must be 'adam' or 'euclidean', got {metric!r}")

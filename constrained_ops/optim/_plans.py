@@ -1,0 +1,212 @@
+"""What an optimizer hands to an implementation, and which implementation that is.
+
+A plan is made once from everything that stays as it is from step to step, and then run with what changes. It is made
+anew when anything else changed: a plan may keep pointers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from itertools import chain, compress
+from operator import attrgetter, is_, itemgetter
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from .. import _library
+from .._constraints import Record
+from ._sharding import is_sharded, local, local_grad
+
+
+class Slot(NamedTuple):
+    """One parameter of a plan: tensors of one shape, on one device. Local shards in place of DTensors.
+
+    State lies in memory as ``torch.empty_like(param)`` does: like the parameter, where that has no gaps or overlaps.
+    """
+
+    param: Tensor
+    exp_avg: Tensor  # state dtype: that of the parameter, or float32 for 16 bits
+    exp_avg_sq: Tensor  # state dtype
+    max_exp_avg_sq: Tensor | None  # state dtype; there with amsgrad
+    step: Tensor  # 0-dim float32, on the CPU unless capturable
+    raw: Tensor | None  # compute dtype; there if the step is one on raw, and param the transform of it
+    constraint: Record | None  # bounds as floats, or as tensors of the parameter's shape in its compute dtype
+    group: int  # index into the hyperparameters
+    grad_stride: tuple[int, ...]
+
+
+class Hyper(NamedTuple):
+    """The numbers of one parameter group in one step."""
+
+    lr: float | Tensor  # a 0-dim Tensor with capturable only
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    decoupled: bool
+    maximize: bool
+    amsgrad: bool
+    metric: str  # "adam" or "euclidean"
+
+
+class Plan(Protocol):
+    """One launch: all parameters of an optimizer on one device, of one dtype and one state dtype."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None: ...
+
+    def run(
+        self,
+        grads: Sequence[Tensor],
+        hyper: Sequence[Hyper],
+        grad_scale: Tensor | None = None,
+        found_inf: Tensor | None = None,
+    ) -> None:
+        """Take one step: parameters, state and step counters in place, and one up for every parameter's version.
+
+        Args:
+            grads: one per slot, in the parameter's dtype, with strides of the slot's ``grad_stride``. Not written.
+            hyper: one per parameter group.
+            grad_scale: 0-dim float32 on the plan's device, by which gradients are to be divided.
+            found_inf: 0-dim float32 on the plan's device. If it is not 0 then nothing is to change. Given only where
+                the step counters are on the device; elsewhere the optimizer looks at it.
+        """
+        ...
+
+
+_plans: dict[tuple[str, str], Callable[[Sequence[Slot]], Plan]] = {}
+
+
+def register(backend: str, device_type: str, plan: Callable[[Sequence[Slot]], Plan]) -> None:
+    """Let ``plan`` serve tensors on ``device_type`` in the name of ``backend``, one of ``_library.BACKENDS``."""
+    _plans[backend, device_type] = plan
+
+
+def plan_class(device_type: str, backend: str | None = None) -> Callable[[Sequence[Slot]], Plan]:
+    """The implementation for a device, by default the one that serves operators there; without it the reference.
+
+    Raises:
+        RuntimeError: if ``backend`` is asked for by name and has no optimizers there.
+    """
+    from ._reference import ReferencePlan
+
+    if backend == "reference":
+        return ReferencePlan
+    plan = _plans.get((backend or _library.backend_of(device_type), device_type))
+    if plan is None and backend is not None:
+        raise RuntimeError(f"backend {backend!r} was asked for, and has no optimizers for tensors on {device_type!r}")
+    return plan or ReferencePlan
+
+
+class Launch(NamedTuple):
+    plan: Plan
+    device: torch.device
+    indices: list[int]  # of its slots among all
+
+
+def launches(slots: Sequence[Slot]) -> list[Launch]:
+    """One plan per device, dtype and state dtype."""
+    kinds: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
+    for index, slot in enumerate(slots):
+        kinds.setdefault((slot.param.device, slot.param.dtype, slot.exp_avg.dtype), []).append(index)
+    return [
+        Launch(plan_class(device.type, _library._backend)([slots[i] for i in indices]), device, indices)
+        for (device, _, _), indices in kinds.items()
+    ]
+
+
+_structure = itemgetter("constraint", "amsgrad", "capturable", "state_dtype")
+_params = itemgetter("params")
+_grad = attrgetter("grad")
+_dtype = attrgetter("dtype")
+_version = attrgetter("_version")
+
+
+class Prepared:
+    """The launches of an optimizer, and a picture of all that they were made from, to tell whether it still holds.
+
+    What is asked of every parameter in every step is asked by ``map`` over C functions: with hundreds of small
+    parameters a line of Python for each would cost more than the step itself.
+    """
+
+    def __init__(self, optimizer: Optimizer, params: list[Tensor], slots: list[Slot]) -> None:
+        groups, state = optimizer.param_groups, optimizer.state
+        self.slots = slots
+        self.launches = launches(slots)
+        self.backend = _library._backend
+        self.structure = list(map(_structure, groups))
+        self.all_params = list(chain.from_iterable(map(_params, groups)))
+        self.params = params  # those that have a slot
+        self.grad_types = list(map(type, map(_grad, self.all_params)))
+        self.with_grad = None if len(params) == len(self.all_params) else [p.grad is not None for p in self.all_params]
+        self.sharded = any(map(is_sharded, params))
+        self.all_states = list(state.values())
+        self.states = [state[p] for p in params]
+        self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
+        self.raws = [known.get("raw") for known in self.states]
+        self.parts = [slot.param for slot in slots]
+        self.pointers = list(map(Tensor.data_ptr, self.parts))
+        self.dtypes = [slot.param.dtype for slot in slots]
+        self.grad_strides = [slot.grad_stride for slot in slots]
+        self.transformed = [slot.param for slot in slots if slot.raw is not None]
+        self.versions = self._versions()
+
+    def gradients(self, optimizer: Optimizer) -> list[Tensor] | None:
+        """The gradients of this step, one per slot; ``None`` if something is no longer what it was."""
+        groups = optimizer.param_groups
+        if (
+            _library._backend is not self.backend
+            or list(map(_structure, groups)) != self.structure
+            or not _identical(list(chain.from_iterable(map(_params, groups))), self.all_params)
+            or not _identical(optimizer.state.values(), self.all_states)
+            or not _identical(list(chain.from_iterable(map(dict.values, self.states))), self.state_tensors)
+        ):
+            return None
+        grads = list(map(_grad, self.all_params))
+        if list(map(type, grads)) != self.grad_types:
+            return None
+        if self.with_grad is not None:
+            grads = list(compress(grads, self.with_grad))
+        parts = self.parts
+        if self.sharded:
+            with torch.no_grad():
+                parts, grads = list(map(local, self.params)), list(map(local_grad, self.params, grads))
+        if (
+            list(map(Tensor.data_ptr, parts)) != self.pointers
+            or list(map(_dtype, grads)) != self.dtypes
+            or list(map(Tensor.stride, grads)) != self.grad_strides
+        ):
+            return None
+        return grads
+
+    def written_by_others(self) -> bool:
+        """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
+        return self._versions() != self.versions
+
+    def raws_in_force(self) -> dict[Tensor, tuple[Record | None, Tensor]]:
+        """Constraint and raw, as the state has it, of parameters whose raw is known to lead to them."""
+        if self.written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
+            return {}
+        known = zip(self.params, self.slots, self.raws, strict=True)
+        return {p: (slot.constraint, raw) for p, slot, raw in known if raw is not None}
+
+    def accept(self) -> None:
+        self.versions = self._versions()
+
+    def run(self, grads: list[Tensor], hyper: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for plan, device, indices in self.launches:
+            own = grads if len(indices) == len(grads) else [grads[i] for i in indices]
+            if grad_scale is not None:
+                grad_scale = grad_scale.to(device)
+            if found_inf is not None:
+                found_inf = found_inf.to(device)
+            plan.run(own, hyper, grad_scale, found_inf)
+        self.versions += len(self.transformed)
+
+    def _versions(self) -> int:
+        return sum(map(_version, self.transformed))  # they only ever grow: one sum tells
+
+
+def _identical(some: Collection[Any], others: Collection[Any]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))

@@ -1,0 +1,237 @@
+// The projection onto the simplex along rows of [outer, length, inner], three ways; see RowUnits.
+#include <memory>
+
+#include "projection_rows.h"
+#include "tiles.h"
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+// The kernels as types, for a template argument each, on operands of the compute type; inputs and outputs in the order
+// of ProjectionCall. Results may take their inputs' place: output i that of input `place[i]`.
+template <bool weighted>
+struct ForwardRows {
+  static constexpr bool forward = true;
+  static constexpr int inputs = 1 + weighted, outputs = 1;
+  static constexpr int place[] = {0};
+  template <typename T>
+  static void row(int64_t length, const T* const* in, T* const* out, T total, ProjectionScratch& scratch) {
+    project_row<weighted>(length, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
+  }
+  template <typename T>
+  static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T total,
+                      ProjectionScratch& scratch) {
+    project_columns<weighted>(length, stride, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
+  }
+};
+
+template <bool weighted, bool to_weight>
+struct BackwardRows {
+  static constexpr bool forward = false;
+  static constexpr int inputs = 2 + weighted + to_weight, outputs = 1 + to_weight;
+  static constexpr int place[] = {0, 2};
+  template <typename T>
+  static void row(int64_t length, const T* const* in, T* const* out, T, ProjectionScratch&) {
+    project_row_backward<weighted, to_weight>(length, operands(in, out));
+  }
+  template <typename T>
+  static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T, ProjectionScratch&) {
+    project_columns_backward<weighted, to_weight>(length, stride, operands(in, out));
+  }
+
+ private:
+  template <typename T>
+  static ProjectionGradient<T> operands(const T* const* in, T* const* out) {
+    return {in[0],
+            in[1],
+            weighted ? in[1 + weighted] : nullptr,
+            to_weight ? in[inputs - 1] : nullptr,
+            out[0],
+            to_weight ? out[outputs - 1] : nullptr};
+  }
+};
+
+// Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
+// converted.
+constexpr int64_t shortest_side_by_side = 48;
+
+template <bool weighted, typename Storage>
+void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  constexpr int64_t lanes = RowUnits::lanes;
+  constexpr bool converted = !std::is_same_v<Storage, T>;
+  const int64_t length = call.layout.length;
+  RowsProjection<weighted, T> project(length);
+  const std::unique_ptr<T[]> memory(new T[converted ? 3 * lanes * length : 0]);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t row = unit * lanes, rows = std::min(lanes, call.layout.outer - row), n = rows * length;
+    const T* in[2] = {};
+    for (int i = 0; i < 1 + weighted; ++i) {
+      const Storage* from = static_cast<const Storage*>(call.inputs[i]) + row * length;
+      if constexpr (converted) {
+        T* to = memory.get() + i * lanes * length;
+        for (int64_t k = 0; k < n; ++k) to[k] = to_compute(from[k]);
+        in[i] = to;
+      } else {
+        in[i] = from;
+      }
+    }
+    Storage* out = static_cast<Storage*>(call.outputs[0]) + row * length;
+    if constexpr (converted) {
+      T* y = memory.get() + 2 * lanes * length;
+      project(rows, in[0], in[1], y, T(call.total));
+      for (int64_t k = 0; k < n; ++k) out[k] = to_storage<Storage>(y[k]);
+    } else {
+      project(rows, in[0], in[1], out, T(call.total));
+    }
+  }
+}
+
+template <typename Rows, typename Storage>
+void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const int64_t length = call.layout.length;
+  if constexpr (Rows::forward)
+    if (call.layout.inner == 1 && length >= shortest_side_by_side)
+      return run_side_by_side<Rows::inputs == 2, Storage>(call, begin, end);
+  const Tiles<T> tiles(Rows::inputs, length);
+  ProjectionScratch scratch(length);
+  const T* in[Rows::inputs];
+  T* out[Rows::outputs];
+  for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
+  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::place[i]) : nullptr;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const TileRows rows(call.layout, units, unit);
+    for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
+    if (unit + 1 < end)
+      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, Rows::inputs, call.outputs, Rows::outputs);
+    Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
+  }
+}
+
+// One row at a time, in place or, where its elements are of 16 bits or apart, in memory of the thread's own.
+template <typename Storage, typename Rows>
+class SingleRows {
+  using T = compute_t<Storage>;
+
+ public:
+  explicit SingleRows(const ProjectionCall& call)
+      : call_(call),
+        stride_(call.layout.inner),
+        in_place_(stride_ == 1 && std::is_same_v<Storage, T>),
+        scratch_(call.layout.length),
+        memory_(new T[in_place_ ? 0 : Rows::inputs * call.layout.length]) {}
+
+  void run(int64_t first) {
+    const int64_t length = call_.layout.length;
+    const T* in[Rows::inputs];
+    T* out[Rows::outputs];
+    for (int i = 0; i < Rows::inputs; ++i) in[i] = input(i, first);
+    for (int i = 0; i < Rows::outputs; ++i) out[i] = output(i, first);
+    Rows::row(length, in, out, T(call_.total), scratch_);
+    if (in_place_) return;
+    for (int i = 0; i < Rows::outputs; ++i) {
+      if (!out[i]) continue;
+      Storage* to = static_cast<Storage*>(call_.outputs[i]) + first;
+      for (int64_t k = 0; k < length; ++k) to[k * stride_] = to_storage<Storage>(out[i][k]);
+    }
+  }
+
+ private:
+  const T* input(int i, int64_t first) {
+    const Storage* from = static_cast<const Storage*>(call_.inputs[i]) + first;
+    if constexpr (std::is_same_v<Storage, T>)
+      if (in_place_) return from;
+    T* row = memory_.get() + i * call_.layout.length;
+    for (int64_t k = 0; k < call_.layout.length; ++k) row[k] = to_compute(from[k * stride_]);
+    return row;
+  }
+  T* output(int i, int64_t first) {
+    if (!call_.outputs[i]) return nullptr;
+    if constexpr (std::is_same_v<Storage, T>)
+      if (in_place_) return static_cast<T*>(call_.outputs[i]) + first;
+    return memory_.get() + Rows::place[i] * call_.layout.length;
+  }
+
+  const ProjectionCall& call_;
+  const int64_t stride_;
+  const bool in_place_;
+  ProjectionScratch scratch_;
+  const std::unique_ptr<T[]> memory_;
+};
+
+template <typename Rows, typename Storage>
+void run_rows(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  SingleRows<Storage, Rows> rows(call);
+  const int64_t last = std::min(call.layout.outer, end * units.rows_per_unit);
+  for (int64_t row = begin * units.rows_per_unit; row < last; ++row) rows.run(row * call.layout.length);
+}
+
+// Long rows that lie side by side: those that fill no whole unit, or are not of the compute type, one at a time.
+template <typename Rows, typename Storage>
+void run_columns(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const auto [outer, length, inner] = call.layout;
+  SingleRows<Storage, Rows> rows(call);
+  ProjectionScratch scratch(length);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t lane = unit % units.per_outer * units.lanes, count = std::min(units.lanes, inner - lane);
+    const int64_t first = unit / units.per_outer * length * inner + lane;
+    if constexpr (std::is_same_v<Storage, T>) {
+      if (count == units.lanes) {
+        const T* in[Rows::inputs];
+        T* out[Rows::outputs];
+        for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const T*>(call.inputs[i]) + first;
+        for (int i = 0; i < Rows::outputs; ++i)
+          out[i] = call.outputs[i] ? static_cast<T*>(call.outputs[i]) + first : nullptr;
+        Rows::columns(length, inner, in, out, T(call.total), scratch);
+        continue;
+      }
+    }
+    for (int64_t l = 0; l < count; ++l) rows.run(first + l);
+  }
+}
+
+template <typename Rows, typename Storage>
+void run(const ProjectionCall& call, int64_t begin, int64_t end) {
+  const RowUnits units = projection_units(call.layout, Rows::forward);
+  const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
+                    : units.way == RowUnits::rows ? run_rows<Rows, Storage>
+                                                  : run_columns<Rows, Storage>;
+  loop(call, units, begin, end);
+}
+
+template <typename Rows>
+ProjectionLoop pick_loop(Dtype dtype) {
+  switch (dtype) {
+    case Dtype::half:
+      return run<Rows, Half>;
+    case Dtype::bfloat16:
+      return run<Rows, BFloat16>;
+    case Dtype::float32:
+      return run<Rows, float>;
+    default:
+      return run<Rows, double>;
+  }
+}
+
+}  // namespace
+
+ProjectionLoop projection_loop(Projection kernel, Dtype dtype) {
+  switch (kernel) {
+    case Projection::forward:
+      return pick_loop<ForwardRows<false>>(dtype);
+    case Projection::forward_weighted:
+      return pick_loop<ForwardRows<true>>(dtype);
+    case Projection::backward:
+      return pick_loop<BackwardRows<false, false>>(dtype);
+    case Projection::backward_weighted:
+      return pick_loop<BackwardRows<true, false>>(dtype);
+    default:
+      return pick_loop<BackwardRows<true, true>>(dtype);
+  }
+}
+
+}  // namespace constrained_ops::CO_LEVEL

@@ -1,0 +1,75 @@
+// One step of Adam on one number, without what its constraint adds: the derivative of the transform before it, the
+// projection or the transform after it. With g the gradient, divided by the scale of mixed precision and negated to
+// maximise, t the step and x the parameter, or raw:
+//
+//   g <- g + weight_decay x   or, decoupled,   x <- x (1 - lr weight_decay)
+//   m <- beta1 m + (1 - beta1) g      v <- beta2 v + (1 - beta2) g^2      amsgrad: v <- max of all v so far
+//   d = sqrt(v / (1 - beta2^t)) + eps      y = x - lr / (1 - beta1^t) m / d
+#pragma once
+
+#include "numeric.h"
+
+namespace constrained_ops {
+
+// The hyperparameters of a parameter group, as a user gives them.
+struct AdamOptions {
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize, amsgrad;
+};
+
+// The same as the formulas want them, for one parameter in one step.
+template <typename T>
+struct Adam {
+  T grad_factor;  // of the gradient as it comes
+  T weight_decay, decay;
+  T beta1_rest, beta2, beta2_rest;  // 1 - beta1, beta2, 1 - beta2
+  T step_size, root_scale;          // lr / (1 - beta1^t), 1 / std::sqrt(1 - beta2^t)
+  T eps;
+
+  // `step` counts this one in: 1 in the first.
+  CO_HD static Adam at(const AdamOptions& o, double step, double grad_scale = 1) {
+    const double shrink = o.decoupled ? 1 - o.lr * o.weight_decay : 1;
+    return {T((o.maximize ? -1 : 1) / grad_scale),
+            T(o.decoupled ? 0 : o.weight_decay),
+            T(shrink),
+            T(1 - o.beta1),
+            T(o.beta2),
+            T(1 - o.beta2),
+            T(o.lr / (1 - std::pow(o.beta1, step))),
+            T(1 / std::sqrt(1 - std::pow(o.beta2, step))),
+            T(o.eps)};
+  }
+};
+
+template <typename T>
+struct Moments {
+  T m, v, largest_v;  // largest_v: with amsgrad
+};
+
+// Moments and metric d after a gradient g at x; g after its transform's derivative.
+template <bool amsgrad, typename T>
+CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
+  g += adam.weight_decay * x;
+  moments.m += adam.beta1_rest * (g - moments.m);
+  moments.v = adam.beta2 * moments.v + adam.beta2_rest * g * g;
+  // A NaN stays one, as with torch.maximum.
+  if constexpr (amsgrad)
+    moments.largest_v = moments.largest_v >= moments.v
+                            ? moments.largest_v
+                            : (moments.largest_v == moments.largest_v ? moments.v : moments.largest_v);
+  const T v = amsgrad ? moments.largest_v : moments.v;
+  return std::sqrt(v) * adam.root_scale + adam.eps;
+}
+
+// Where Adam goes from x in the metric d, before a projection.
+template <typename T>
+CO_HD T adam_target(const Adam<T>& adam, T x, T m, T d) {
+  return x * adam.decay - adam.step_size * (m / d);
+}
+
+// On a simplex no d is less than this share of its row's largest: a coordinate that has never seen a gradient would
+// otherwise absorb whatever the rest of its row gains or loses.
+template <typename T>
+inline constexpr T adam_floor = T(1e-3);
+
+}  // namespace constrained_ops

@@ -1,0 +1,591 @@
+"""The optimizers as users of torch.optim know them: saving, loading, scaling, scheduling, hooks, and wrong input."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn import Parameter
+from torch.optim import lr_scheduler
+
+import constrained_ops as co
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _plans
+
+OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
+UNIT = constraints.unit_interval
+
+
+@pytest.fixture(params=["reference", *(name for name, device in _plans._plans if device == "cpu")], autouse=True)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    with co.backend(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def kind(request: pytest.FixtureRequest) -> type[Any]:
+    return request.param
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
+    return [Parameter(torch.rand(3, 4).to(dtype)), Parameter(torch.rand(5).to(dtype))]
+
+
+def run(optimizer: Any, steps: int, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimizer.step()
+
+
+def everything(optimizer: Any) -> list[Any]:
+    """All values of parameters and state, and the numbers of the groups."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [t.detach().clone() for p in params for t in (p, *optimizer.state.get(p, {}).values())]
+    return [*tensors, len(optimizer.state), len(optimizer.param_groups)]
+
+
+def same(some: list[Any], others: list[Any]) -> bool:
+    def equal(a: Any, b: Any) -> bool:
+        return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else a == b
+
+    return len(some) == len(others) and all(map(equal, some, others))
+
+
+def saved_and_loaded(value: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+# --- Saving and loading -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("model_first", [True, False])
+def test_training_goes_on_to_the_bit_after_a_checkpoint(kind: type[Any], dtype: torch.dtype, model_first: bool) -> None:
+    params = parameters(dtype)
+    optimizer = kind(params, lr=0.5, amsgrad=True, constraint=UNIT)
+    run(optimizer, 5)
+    checkpoint = saved_and_loaded({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+    fresh = parameters(dtype)
+    resumed = kind(fresh, constraint=UNIT)
+    run(resumed, 2)
+
+    def load_model() -> None:
+        with torch.no_grad():
+            for p, value in zip(fresh, checkpoint["params"], strict=True):
+                p.copy_(value)
+
+    if model_first:
+        load_model()
+    resumed.load_state_dict(checkpoint["optimizer"])
+    if not model_first:
+        load_model()
+    assert resumed.param_groups[0]["lr"] == 0.5
+    for each in (optimizer, resumed):
+        run(each, 5, seed=1)
+    assert same(everything(optimizer), everything(resumed))
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.float32
+
+
+def test_a_state_dict_says_what_that_of_adam_says(kind: type[Any]) -> None:
+    optimizer, adam = kind(parameters(), constraint=UNIT), torch.optim.Adam(parameters())
+    for each in (optimizer, adam):
+        run(each, 1)
+    ours, theirs = optimizer.state_dict(), adam.state_dict()
+    extra = {"raw"} if kind is ReparametrizedAdam else set()
+    assert set(ours["state"][0]) == set(theirs["state"][0]) | extra
+    assert set(ours["param_groups"][0]) == set(theirs["param_groups"][0]) - {"foreach", "fused", "differentiable"}
+    step = ours["state"][0]["step"]
+    assert step.shape == () and step.dtype == torch.float32 and step.is_cpu and step == 1
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_state_from_adam_and_back(kind: type[Any], amsgrad: bool) -> None:
+    p, q = Parameter(torch.rand(6)), Parameter(torch.rand(6))
+    with torch.no_grad():
+        q.copy_(p)
+    adam = torch.optim.Adam([p], lr=0.01, amsgrad=amsgrad, fused=True)
+    run(adam, 3)
+    with torch.no_grad():
+        q.copy_(p)
+    ours = kind([q], lr=0.7, constraint=None)
+    ours.load_state_dict(saved_and_loaded(adam.state_dict()))
+    assert "fused" not in ours.param_groups[0]
+    for each in (adam, ours):
+        run(each, 3, seed=1)
+    torch.testing.assert_close(q, p, atol=1e-6, rtol=0)
+    back = torch.optim.Adam([Parameter(q.detach().clone())])
+    back.load_state_dict(saved_and_loaded(ours.state_dict()))
+    for each in (adam, back):
+        run(each, 3, seed=2)
+    torch.testing.assert_close(back.param_groups[0]["params"][0], p, atol=1e-6, rtol=0)
+
+
+def test_constraints_metric_and_state_dtype_are_the_optimizers_own(kind: type[Any]) -> None:
+    params = parameters(torch.bfloat16)
+    optimizer = kind(params, constraint=UNIT, state_dtype=torch.bfloat16)
+    run(optimizer, 2)
+    other = kind(params, constraint=constraints.interval(-1.0, 2.0))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["constraint"].upper_bound == 2.0
+    assert other.param_groups[0]["state_dtype"] is None
+    assert other.state[params[0]]["exp_avg"].dtype == torch.float32
+    optimizer.load_state_dict(other.state_dict())
+    assert optimizer.state[params[0]]["exp_avg"].dtype == torch.bfloat16
+
+
+def test_a_loaded_state_is_a_copy(kind: type[Any]) -> None:
+    optimizer = kind(parameters(), constraint=UNIT)
+    run(optimizer, 2)
+    state = copy.deepcopy(optimizer.state_dict())
+    before = copy.deepcopy(state)
+    optimizer.load_state_dict(state)
+    run(optimizer, 2)
+    for i, values in before["state"].items():
+        for name, value in values.items():
+            assert torch.equal(state["state"][i][name], value)
+
+
+def test_parameters_win_over_a_raw_that_does_not_lead_to_them() -> None:
+    x = Parameter(torch.full((3,), 0.25))
+    optimizer = ReparametrizedAdam([x], constraint=UNIT)
+    run(optimizer, 1)
+    state = optimizer.state_dict()
+    state["state"][0]["raw"] = torch.full((3,), 5.0)
+    before = x.detach().clone()
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0]["lr"] = 0.0
+    run(optimizer, 1)
+    torch.testing.assert_close(x.detach(), before)
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        None,
+        UNIT,
+        constraints.interval(torch.zeros(4), torch.ones(4)),
+        co.Bounded(torch.zeros(4), 1.0),
+        co.Positive(kind="exp"),
+    ],
+    ids=str,
+)
+def test_copies_of_an_optimizer_go_their_own_way(kind: type[Any], how: Callable[[Any], Any], constraint: Any) -> None:
+    optimizer = kind([Parameter(torch.rand(3, 4))], lr=0.1, constraint=constraint)
+    run(optimizer, 3)
+    other = how(optimizer)
+    frozen = everything(optimizer)
+    run(other, 3, seed=1)
+    assert same(everything(optimizer), frozen)
+    run(optimizer, 3, seed=1)
+    assert same(everything(optimizer), everything(other))
+
+
+def test_state_replaced_by_hand_is_used(kind: type[Any]) -> None:
+    """As codes that prune, split or reset parameters do: entries, dictionaries, all of it, or the parameter itself."""
+    (p, q), zeros = parameters(), torch.zeros
+
+    def entry(o: Any) -> None:
+        o.state[p]["step"] = zeros(())
+
+    def dictionary(o: Any) -> None:
+        o.state[p] = {name: value.clone().zero_() for name, value in o.state[p].items() if name != "raw"}
+
+    def clear(o: Any) -> None:
+        o.state.clear()
+
+    def parameter(o: Any) -> None:
+        state = o.state.pop(p)
+        state["step"] = zeros(())
+        o.param_groups[0]["params"][0] = p_new
+        o.state[p_new] = state
+
+    for change in (entry, dictionary, clear, parameter):
+        p_new = Parameter(p.detach().clone())
+        optimizer = kind([p, q], constraint=UNIT)
+        run(optimizer, 3)
+        change(optimizer)
+        run(optimizer, 1)
+        now = p_new if change is parameter else p
+        assert optimizer.state[now]["step"] == 1
+        assert set(optimizer.state) == {now, q}
+
+
+# --- Groups, schedules, hooks, closures -------------------------------------------------------------------------------
+
+
+def test_groups_override_and_named_parameters_keep_their_names(kind: type[Any]) -> None:
+    module = torch.nn.Linear(2, 3)
+    groups = [{"params": [("w", module.weight)], "lr": 0.5}, {"params": [("b", module.bias)], "constraint": None}]
+    optimizer = kind(groups, lr=0.1, constraint=constraints.interval(-1.0, 1.0))
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.1]
+    assert optimizer.param_groups[0]["param_names"] == ["w"]
+    run(optimizer, 3)
+    assert (module.weight.abs() <= 1).all()
+    assert "param_names" in optimizer.state_dict()["param_groups"][0]
+
+
+def test_a_group_added_later_takes_part(kind: type[Any]) -> None:
+    p, q = parameters()
+    optimizer = kind([p], lr=0.1, constraint=UNIT)
+    run(optimizer, 2)
+    optimizer.add_param_group({"params": [q], "constraint": constraints.positive})
+    before = q.detach().clone()
+    run(optimizer, 1)
+    assert not torch.equal(q, before)
+    assert [optimizer.state[each]["step"].item() for each in (p, q)] == [3, 1]
+
+
+def test_a_constraint_or_option_may_change_between_steps(kind: type[Any]) -> None:
+    p = Parameter(torch.full((4,), 0.9))
+    optimizer = kind([p], lr=0.01, constraint=UNIT)
+    run(optimizer, 2)
+    optimizer.param_groups[0].update(constraint=constraints.interval(0.25, 2.0), amsgrad=True, lr=0.5)
+    run(optimizer, 5)
+    assert (((p >= 0.25) & (p <= 2)).all() and (p > 1).any()) or (p < 0.4).any()
+    assert "max_exp_avg_sq" in optimizer.state[p]
+
+
+def test_schedules(kind: type[Any]) -> None:
+    ours, theirs = (make(parameters()) for make in (lambda p: kind(p, lr=0.1), lambda p: torch.optim.Adam(p, lr=0.1)))
+    for make in (
+        lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+        lambda o: lr_scheduler.OneCycleLR(o, 0.2, total_steps=8),
+        lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    ):
+        schedules = [make(each) for each in (ours, theirs)]
+        for t in range(5):
+            for each, schedule in zip((ours, theirs), schedules, strict=True):
+                run(each, 1)
+                schedule.step(*([1.0 + t] if isinstance(schedule, lr_scheduler.ReduceLROnPlateau) else []))
+            assert ours.param_groups[0]["lr"] == theirs.param_groups[0]["lr"]
+            assert ours.param_groups[0]["betas"] == theirs.param_groups[0]["betas"]
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_a_tensor_as_learning_rate_is_read_in_every_step(kind: type[Any], capturable: bool) -> None:
+    p, q = Parameter(torch.full((3,), 0.5)), Parameter(torch.full((3,), 0.5))
+    lr = torch.tensor(0.1)
+    ours, plain = kind([p], lr=lr, capturable=capturable, constraint=UNIT), kind([q], lr=0.1, constraint=UNIT)
+    for value in (0.1, 0.01, 0.0, 0.2):
+        lr.fill_(value)
+        plain.param_groups[0]["lr"] = value
+        for each in (ours, plain):
+            run(each, 1)
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+def test_closure_hooks_and_profile(kind: type[Any]) -> None:
+    p = Parameter(torch.rand(4))
+    optimizer = kind([p], lr=0.1, constraint=UNIT)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+
+    def closure() -> Tensor:
+        seen.append("closure")
+        optimizer.zero_grad()
+        loss = (p**2).sum()
+        loss.backward()
+        return loss
+
+    with torch.no_grad(), torch.profiler.profile() as profile:
+        before = (p**2).sum()
+        loss = optimizer.step(closure)
+    assert seen == ["before", "closure", "after"]
+    assert loss == before
+    assert (p**2).sum() < before
+    assert f"Optimizer.step#{kind.__name__}.step" in {event.key for event in profile.key_averages()}
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad(kind: type[Any], set_to_none: bool) -> None:
+    p = Parameter(torch.rand(4))
+    optimizer = kind([p], constraint=UNIT)
+    for _ in range(3):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        (p**2).sum().backward()
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    assert p.grad is None if set_to_none else (p.grad == 0).all()
+    optimizer.step()
+    assert optimizer.state[p]["step"] == (3 if set_to_none else 4)
+
+
+def test_no_gradient_at_all_is_no_step(kind: type[Any]) -> None:
+    optimizer = kind(parameters(), constraint=UNIT)
+    assert optimizer.step() is None
+    assert not optimizer.state
+
+
+# --- Mixed precision --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_grad_scaler(kind: type[Any], clip: bool) -> None:
+    """Gradients are unscaled inside the step; one that overflowed leaves all as it was, counters included."""
+    p, q = Parameter(torch.rand(4)), Parameter(torch.rand(4))
+    with torch.no_grad():
+        q.copy_(p)
+    scaled, plain = kind([p], lr=0.1, constraint=UNIT), kind([q], lr=0.1, constraint=UNIT)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1)
+    for t in range(6):
+        for each, leaf in ((scaled, p), (plain, q)):
+            each.zero_grad()
+            loss = ((leaf - 0.25) ** 2).sum()
+            if each is plain:
+                loss.backward()
+                if t != 3:
+                    each.step()
+                continue
+            scaler.scale(loss).backward()
+            if t == 3:
+                leaf.grad[1] = float("inf")
+            if clip:
+                scaler.unscale_(each)
+            before = everything(each)
+            scaler.step(each)
+            scaler.update()
+            assert same(before, everything(each)) == (t == 3)
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+    assert scaled.state[p]["step"] == 5
+    assert not hasattr(scaled, "found_inf")
+
+
+def test_an_overflow_in_the_very_first_step(kind: type[Any]) -> None:
+    p = Parameter(torch.rand(4))
+    optimizer = kind([p], constraint=UNIT)
+    optimizer.found_inf = torch.tensor(1.0)
+    p.grad = torch.full((4,), float("inf"))
+    before = everything(optimizer)
+    optimizer.step()
+    assert same(before, everything(optimizer))
+
+
+def test_an_overflow_with_counters_on_the_device(kind: type[Any]) -> None:
+    p = Parameter(torch.rand(4))
+    optimizer = kind([p], constraint=UNIT, capturable=True)
+    run(optimizer, 1)
+    optimizer.found_inf, optimizer.grad_scale = torch.tensor(1.0), torch.tensor(4.0)
+    before = everything(optimizer)
+    run(optimizer, 1)
+    assert same(before, everything(optimizer))
+    optimizer.found_inf.zero_()
+    run(optimizer, 1)
+    assert optimizer.state[p]["step"] == 2
+
+
+# --- Wrong input ------------------------------------------------------------------------------------------------------
+
+
+def rejects(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr": -1.0}, "lr of group 0 must not be negative, got -1.0"),
+        ({"lr": torch.ones(2)}, "lr of group 0 must be a float or one element"),
+        ({"eps": -1e-8}, "eps of group 0 must not be negative, got -1e-08"),
+        ({"weight_decay": float("nan")}, "weight_decay of group 0 must not be negative, got nan"),
+        ({"betas": (0.9, 1.0)}, "betas of group 0 must be two floats in [0, 1), got (0.9, 1.0)"),
+        ({"betas": (0.9,)}, "betas of group 0 must be two floats in [0, 1), got (0.9,)"),
+    ],
+)
+def test_options_out_of_range(kind: type[Any], options: dict[str, Any], message: str) -> None:
+    rejects(ValueError, f"{kind.__name__}: {message}", lambda: kind(parameters(), **options))
+
+
+def test_a_metric_that_does_not_exist() -> None:
+    message = "ProjectedAdam: metric of group 0 must be 'adam' or 'euclidean', got 'manhattan'"
+    rejects(ValueError, message, lambda: ProjectedAdam(parameters(), metric="manhattan"))
+
+
+def test_a_state_dtype_that_does_not_fit(kind: type[Any]) -> None:
+    message = f"{kind.__name__}: parameter 0 of group 0 is torch.float32: state_dtype must be torch.float32, got {{}}"
+    for dtype in (torch.float16, torch.float64):
+        rejects(ValueError, message.format(dtype), lambda: kind(parameters(), state_dtype=dtype))  # noqa: B023
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)
+def test_parameters_that_are_not_floating_point(kind: type[Any], dtype: torch.dtype) -> None:
+    p = Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype.is_complex)
+    message = f"parameter 0 of group 0 must be float16, bfloat16, float32 or float64, got {dtype}"
+    rejects(TypeError, f"{kind.__name__}: {message}", lambda: kind([p], constraint=UNIT))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "value", "message"),
+    [
+        (UNIT, [0.5, 1.5, -0.25], "must lie in [0.0, 1.0], got 1.5"),
+        (UNIT, [0.5, float("nan"), -0.25], "must lie in [0.0, 1.0], got nan"),
+        (constraints.positive, [0.5, -2.0, -3.0], "must lie in [0.0, inf], got -3.0"),
+        (constraints.less_than(torch.tensor([1.0, 2.0, 3.0])), [5.0, 1.0, 8.0], "must lie in [-inf, 3.0], got 8.0"),
+        (constraints.simplex, [0.75, 0.5, -0.25], "must be non-negative and sum to 1.0 along dim 0, got -0.25"),
+        (
+            constraints.simplex,
+            [0.5, 0.25, 0.125],
+            "must be non-negative and sum to 1.0 along dim 0, got a sum of 0.875",
+        ),
+        (constraints.simplex, [float("nan"), 0.5, 0.5], "must be non-negative and sum to 1.0 along dim 0, got nan"),
+    ],
+)
+def test_a_start_outside_the_constraint(kind: type[Any], constraint: Any, value: list[float], message: str) -> None:
+    good, bad = Parameter(torch.rand(2)), Parameter(torch.tensor(value))
+    groups = [{"params": [("good", good)]}, {"params": [("bad", bad)], "constraint": constraint}]
+    rejects(ValueError, f"{kind.__name__}: parameter 0 ('bad') of group 1 {message}", lambda: kind(groups))
+    optimizer = kind([("good", good)])
+    before = everything(optimizer)
+    rejects(ValueError, f"{kind.__name__}: parameter 0 ('bad') of group 1 {message}",
+            lambda: optimizer.add_param_group(groups[1]))  # fmt: skip
+    assert same(before, everything(optimizer))
+    run(optimizer, 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_start_on_the_bound_or_off_by_rounding_is_accepted(kind: type[Any], dtype: torch.dtype) -> None:
+    kind(
+        [Parameter(torch.tensor([0.0, 0.1], dtype=torch.float64).to(dtype))], constraint=constraints.interval(0.0, 0.1)
+    )
+    kind([Parameter(torch.softmax(torch.randn(100, 50), -1).to(dtype))], constraint=constraints.simplex)
+    kind([Parameter(torch.eye(5, dtype=dtype))], constraint=constraints.simplex)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "error", "message"),
+    [
+        (constraints.interval(1.0, 0.0), ValueError, "lower must be less than upper, got lower=1.0 and upper=0.0"),
+        (
+            constraints.interval(float("nan"), 0.0),
+            ValueError,
+            "lower must be less than upper, got lower=nan and upper=0.0",
+        ),
+        (
+            constraints.interval(torch.tensor([0.0, 3.0, 0.0]), torch.ones(3)),
+            ValueError,
+            "lower must be less than upper, got lower=3.0 and upper=1.0",
+        ),
+        (
+            constraints.interval(torch.zeros(2), torch.ones(2)),
+            ValueError,
+            "lower must broadcast to the shape of parameter 0 of group 0; "
+            "lower has shape (2,), parameter 0 of group 0 (3,)",
+        ),
+        (
+            constraints.interval(torch.zeros(2), torch.ones(3)),
+            ValueError,
+            "lower and upper must broadcast to one shape, got (2,) and (3,)",
+        ),
+        (
+            constraints.interval(torch.zeros(3, dtype=torch.complex64), 1.0),
+            TypeError,
+            "lower must be a float or a real Tensor, got dtype torch.complex64",
+        ),
+        (constraints.interval("0", 1.0), TypeError, "lower must be a float or a Tensor, got str"),
+        (co.Simplex(1), IndexError, "dim must be from -1 to 0 for parameter 0 of group 0 of shape (3,), got 1"),
+        ("positive", TypeError, "constraint must be an object of torch.distributions.constraints, got str"),
+        (
+            constraints.interval,
+            TypeError,
+            "constraint must be an object of torch.distributions.constraints, got _Interval",
+        ),
+    ],
+)
+def test_constraints_that_make_no_sense(kind: type[Any], constraint: Any, error: type[Exception], message: str) -> None:
+    p = Parameter(torch.full((3,), 0.5))
+    rejects(error, f"{kind.__name__}: {message}", lambda: kind([p], constraint=constraint))
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [constraints.lower_cholesky, constraints.boolean, constraints.integer_interval(0, 3), constraints.cat([])],
+)
+def test_constraints_that_are_not_supported(kind: type[Any], constraint: Any) -> None:
+    message = re.escape(f"{kind.__name__}: constraint {constraint} is not supported; supported are interval, ")
+    with pytest.raises(
+        NotImplementedError, match=f"^{message}.*simplex.*constrained_ops.Bounded, Positive and Simplex$"
+    ):
+        kind(parameters(), constraint=constraint)
+
+
+def test_a_simplex_of_no_elements(kind: type[Any]) -> None:
+    message = f"{kind.__name__}: parameter 0 of group 0 needs at least one element along dim 1, got shape (3, 0)"
+    rejects(ValueError, message, lambda: kind([Parameter(torch.zeros(3, 0))], constraint=constraints.simplex))
+    kind([Parameter(torch.zeros(0, 3))], constraint=constraints.simplex)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
+def test_gradients_that_cannot_be_used_change_nothing(kind: type[Any], first: bool) -> None:
+    p, q = Parameter(torch.rand(4)), Parameter(torch.rand(5, 2))
+    optimizer = kind([{"params": [p]}, {"params": [q]}], constraint=UNIT)
+    if not first:
+        run(optimizer, 2)
+    before = everything(optimizer)
+    p.grad = torch.ones(4)
+    q.grad = torch.ones(5, 2).to_sparse()
+    message = f"{kind.__name__}: parameter 0 of group 1"
+    rejects(RuntimeError, f"{message} has a gradient of layout torch.sparse_coo; it must be dense", optimizer.step)
+    assert same(before, everything(optimizer))
+    q.grad = None
+    q.grad_dtype = torch.float64
+    q.grad = torch.ones(5, 2, dtype=torch.float64)
+    rejects(TypeError, f"{message} is torch.float32, its gradient torch.float64", optimizer.step)
+    assert same(before, everything(optimizer))
+    q.grad = None
+    optimizer.step()
+    assert not same(before, everything(optimizer))
+
+
+def test_a_state_of_another_shape_changes_nothing(kind: type[Any]) -> None:
+    optimizer = kind([Parameter(torch.rand(4)), Parameter(torch.rand(3))], constraint=UNIT)
+    run(optimizer, 1)
+    state = optimizer.state_dict()
+    state["state"][1]["exp_avg_sq"] = torch.zeros(7)
+    optimizer.load_state_dict(state)
+    before = everything(optimizer)
+    message = f"{kind.__name__}: parameter 1 of group 0: its state exp_avg_sq has shape (7,), the parameter (3,)"
+    rejects(ValueError, message, lambda: run(optimizer, 1))
+    assert same(before, everything(optimizer))
+
+
+def test_a_new_constraint_that_does_not_fit_changes_nothing() -> None:
+    p = Parameter(torch.full((4,), 0.9))
+    optimizer = ReparametrizedAdam([p], constraint=UNIT)
+    run(optimizer, 1)
+    before = everything(optimizer)
+    optimizer.param_groups[0]["constraint"] = constraints.interval(0.0, 0.5)
+    with pytest.raises(
+        ValueError, match=r"^ReparametrizedAdam: parameter 0 of group 0 must lie in \[0.0, 0.5\], got 0.9"
+    ):
+        run(optimizer, 1)
+    assert same(before, everything(optimizer))
+
+
+def test_a_backend_without_optimizers_is_no_silent_fallback(kind: type[Any]) -> None:
+    p = Parameter(torch.rand(3))
+    optimizer = kind([p], constraint=UNIT)
+    p.grad = torch.ones(3)
+    with co.backend("triton") if ("triton", "cpu") not in _plans._plans else pytest.skip("served"):
+        message = "backend 'triton' was asked for, and has no optimizers for tensors on 'cpu'"
+        rejects(RuntimeError, message, optimizer.step)
+    assert not optimizer.state
+
+
+def test_both_optimizers_show_their_options(kind: type[Any]) -> None:
+    text = repr(kind(parameters(), lr=0.25, constraint=UNIT))
+    assert text.startswith(f"{kind.__name__} (") and "lr: 0.25" in text and "constraint: Interval" in text

@@ -1,0 +1,168 @@
+"""The transforms as modules: alone, in torch.nn.utils.parametrize, saved, copied, and what they reject."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+import constrained_ops as co
+
+LOWER, UPPER = torch.tensor([-1.0, 0.0, -math.inf]), torch.tensor([1.0, math.inf, 2.0])
+MODULES: dict[str, Any] = {
+    "bounded": lambda: co.Bounded(-1.0, 2.0),
+    "bounded with tensors": lambda: co.Bounded(LOWER, UPPER),
+    "bounded with a tensor": lambda: co.Bounded(LOWER, 5.0),
+    "positive": lambda: co.Positive(),
+    "positive exp": lambda: co.Positive(0.5, kind="exp"),
+    "positive with a tensor": lambda: co.Positive(torch.tensor([0.0, 1.0, 2.0])),
+    "simplex": lambda: co.Simplex(),
+    "simplex along 0": lambda: co.Simplex(0),
+}
+
+
+@pytest.fixture(params=MODULES)
+def module(request: pytest.FixtureRequest) -> nn.Module:
+    return MODULES[request.param]()
+
+
+def test_right_inverse_is_the_inverse(module: Any) -> None:
+    x = module(torch.randn(4, 3, dtype=torch.float64))
+    torch.testing.assert_close(module(module.right_inverse(x)), x)
+    module.record().on("here", x).check("x", x)
+
+
+def test_it_is_the_function(module: Any) -> None:
+    raw = torch.randn(4, 3)
+    if isinstance(module, co.Bounded):
+        want = co.bounded(raw, module.lower, module.upper)
+    elif isinstance(module, co.Positive):
+        want = co.positive(raw, module.lower, kind=module.kind)
+    else:
+        want = co.simplex(raw, module.dim)
+    assert torch.equal(module(raw), want)
+
+
+def test_register_parametrization_keeps_the_weight_inside_and_the_value(module: Any) -> None:
+    layer = nn.Linear(3, 4)
+    value = module(torch.randn(4, 3)).detach()
+    with torch.no_grad():
+        layer.weight.copy_(value)
+    parametrize.register_parametrization(layer, "weight", module)
+    torch.testing.assert_close(layer.weight, value)
+    layer(torch.randn(2, 3)).sum().backward()
+    assert layer.parametrizations.weight.original.grad is not None
+    other = module(torch.randn(4, 3)).detach()
+    layer.weight = other
+    torch.testing.assert_close(layer.weight, other)
+
+
+def test_copies_and_pickles(module: Any) -> None:
+    raw = torch.randn(4, 3)
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(raw), module(raw))
+        assert repr(other) == repr(module)
+
+
+def test_tensor_bounds_are_buffers_and_parameters_stay_parameters() -> None:
+    module = co.Bounded(LOWER, nn.Parameter(torch.full((3,), 4.0)))
+    assert set(module.state_dict()) == {"lower", "upper"}
+    assert dict(module.named_buffers()).keys() == {"lower"}
+    assert dict(module.named_parameters()).keys() == {"upper"}
+    module(torch.zeros(3)).sum().backward()
+    assert module.upper.grad is not None
+    assert module.double().lower.dtype == torch.float64
+    assert module.to("meta").lower.is_meta
+    assert not co.Bounded(0.0, 1.0).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: co.Bounded(0.0, 1.0), "Bounded(lower=0.0, upper=1.0)"),
+        (lambda: co.Bounded(LOWER, 5), "Bounded(lower=tensor of shape (3,), upper=5)"),
+        (lambda: co.Positive(2.0, "exp"), "Positive(lower=2.0, kind='exp')"),
+        (lambda: co.Simplex(1), "Simplex(dim=1, kind='softmax')"),
+    ],
+)
+def test_repr(make: Any, text: str) -> None:
+    assert repr(make()) == text
+
+
+@pytest.mark.parametrize(
+    ("make", "value", "message"),
+    [
+        (lambda: co.Bounded(0.0, 1.0), [0.5, 2.0, -3.0], "Bounded: value must lie in [0.0, 1.0], got -3.0"),
+        (lambda: co.Bounded(LOWER, UPPER), [0.0, -0.5, 0.0], "Bounded: value must lie in [0.0, inf], got -0.5"),
+        (lambda: co.Positive(1.0), [2.0, 0.5, math.nan], "Positive: value must lie in [1.0, inf], got nan"),
+        (lambda: co.Positive(1.0, "exp"), [2.0, 0.5, 3.0], "Positive: value must lie in [1.0, inf], got 0.5"),
+        (
+            lambda: co.Simplex(),
+            [0.5, 0.25, 0.5],
+            "Simplex: value must be non-negative and sum to 1.0 along dim 0, got a sum of 1.25",
+        ),
+        (
+            lambda: co.Simplex(),
+            [0.5, -0.25, 0.75],
+            "Simplex: value must be non-negative and sum to 1.0 along dim 0, got -0.25",
+        ),
+    ],
+)
+def test_values_outside_are_rejected_with_bounds_and_the_worst(make: Any, value: list[float], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        make().right_inverse(torch.tensor(value))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_values_on_the_bound_are_accepted(dtype: torch.dtype) -> None:
+    for module, value in (
+        (co.Bounded(-1.0, 0.1), [-1.0, 0.1]),
+        (co.Positive(), [0.0, 1.0]),
+        (co.Positive(1.0, "exp"), [1.0, 2.0]),
+        (co.Simplex(), [0.0, 1.0]),
+    ):
+        x = torch.tensor(value, dtype=torch.float64).to(dtype)
+        raw = module.right_inverse(x)
+        assert raw.isfinite().all()
+        torch.testing.assert_close(module(raw), x, atol=2 * torch.finfo(dtype).eps, rtol=2 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "message"),
+    [
+        (
+            lambda: co.Bounded(1.0, 0.0),
+            ValueError,
+            "Bounded: lower must be less than upper, got lower=1.0 and upper=0.0",
+        ),
+        (
+            lambda: co.Bounded(LOWER, torch.tensor([0.0, -1.0, 0.0])),
+            ValueError,
+            "Bounded: lower must be less than upper, got lower=0.0 and upper=-1.0",
+        ),
+        (
+            lambda: co.Bounded(torch.tensor([0.0, math.nan]), 1.0),
+            ValueError,
+            "Bounded: lower must be less than upper, got lower=nan and upper=1.0",
+        ),
+        (lambda: co.Bounded("0", 1.0), TypeError, "Bounded: lower must be a float or a Tensor, got str"),
+        (
+            lambda: co.Positive(math.nan),
+            ValueError,
+            "Positive: lower must be less than upper, got lower=nan and upper=inf",
+        ),
+        (lambda: co.Positive(-math.inf), ValueError, "Positive: lower must be finite, got lower=-inf"),
+        (lambda: co.Positive(kind="square"), ValueError, "Positive: kind must be 'softplus' or 'exp', got 'square'"),
+        (lambda: co.Simplex(kind="square"), ValueError, "Simplex: kind must be 'softmax', got 'square'"),
+    ],
+)
+def test_what_makes_no_sense_is_rejected(make: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        make()

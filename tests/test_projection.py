@@ -1,0 +1,486 @@
+"""The projection onto the simplex: against exact rational arithmetic and sorting, and by what defines it.
+
+``implementation`` is what the device chooses, and the reference; test_backends, test_emulation and test_triton hold the
+other implementations to the reference.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import pytest
+import torch
+from conftest import DEVICE
+from torch import Tensor
+from torch.autograd import grad, gradcheck, gradgradcheck
+
+import constrained_ops as co
+from constrained_ops import _library
+from constrained_ops._library import compute_dtype
+
+INF, NAN = math.inf, math.nan
+F32, F64 = torch.float32, torch.float64
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["by device", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    if request.param == "by device":
+        yield
+        return
+    with co.backend("reference"):
+        yield
+
+
+pytestmark = pytest.mark.usefixtures("implementation")
+
+
+def exact(x: Tensor, weight: Tensor | None, total: float) -> Tensor:
+    """One row in rational arithmetic: the support by elimination, whoever turns negative leaves."""
+    d = [Fraction(1)] * x.numel() if weight is None else [Fraction(v) for v in weight.double().tolist()]
+    numbers = [Fraction(v) for v in x.double().tolist()]
+    support = set(range(len(numbers)))
+    while True:
+        multiplier = (sum(numbers[i] for i in support) - Fraction(total)) / sum(1 / d[i] for i in support)
+        out = {i for i in support if numbers[i] * d[i] <= multiplier}
+        if not out:
+            y = [numbers[i] - multiplier / d[i] if i in support else Fraction(0) for i in range(len(numbers))]
+            return torch.tensor([float(v) for v in y], dtype=F64)
+        support -= out
+
+
+def by_sorting(x: Tensor, weight: Tensor, total: float) -> Tensor:
+    """Rows in float64, as Held, Wolfe and Crowder (1974) have it: the last prefix of the order that holds itself."""
+    x, u = x.double(), 1 / weight.double()
+    order = (x / u).argsort(-1, descending=True)
+    ratio, sums, slopes = (x / u).gather(-1, order), x.gather(-1, order).cumsum(-1), u.gather(-1, order).cumsum(-1)
+    multiplier = (sums - total) / slopes
+    last = (ratio > multiplier).sum(-1, keepdim=True) - 1
+    return (x - multiplier.gather(-1, last) * u).clamp(min=0)
+
+
+def weights_like(x: Tensor) -> Tensor:
+    return torch.rand(x.shape, dtype=compute_dtype(x.dtype), device=x.device) * 4 + 0.05
+
+
+def assert_near(got: Tensor, want: Tensor, scale: float = 1.0) -> None:
+    """To a few units of rounding of numbers as large as ``scale``, and what the dtype of ``got`` rounds."""
+    compute, stored = torch.finfo(compute_dtype(got.dtype)), torch.finfo(got.dtype)
+    error = (got.double().cpu() - want.cpu()).abs()
+    allowed = 4 * compute.eps * scale + (stored.eps * want.cpu() if stored.bits == 16 else 0.0) + stored.tiny
+    assert (error <= allowed).all(), f"{float((error - allowed).max()):.3g} beyond what rounding allows"
+
+
+# --- Values --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+@pytest.mark.parametrize("total", [1.0, 0.01, 30.0])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 5, 17, 64, 65])
+def test_exact(length: int, total: float, weighted: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(6, length, device=DEVICE).mul(torch.logspace(-2, 2, 6, device=DEVICE)[:, None]).to(dtype)
+    weight = weights_like(x) if weighted else None
+    y = co.project_simplex(x, total=total, weight=weight)
+    assert y.dtype == dtype and (y >= 0).all()
+    for i, row in enumerate(x):
+        assert_near(y[i], exact(row, None if weight is None else weight[i], total), total + float(row.abs().max()))
+
+
+ROWS = {
+    "normal": lambda shape: torch.randn(shape),
+    "wide": lambda shape: torch.randn(shape) * 1e3,
+    "narrow": lambda shape: 5 + torch.randn(shape) * 1e-7,
+    "equal": lambda shape: torch.full(shape, 5.0),
+    "heavy": lambda shape: torch.rand(shape).pow(-2).neg(),
+    "ramp": lambda shape: torch.linspace(-3, 3, shape[-1]).expand(shape),
+    "powers": lambda shape: -torch.logspace(-30, 30, shape[-1], base=2.0).expand(shape),
+    "few": lambda shape: torch.randint(0, 3, shape).float() / 4,
+}
+
+
+@pytest.mark.parametrize("length", [4, 5, 32, 33, 63, 64, 65, 1024, 1025, 65536, 1_000_000])
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_sums_and_values_of_rows_of_any_length(rows: str, length: int, weighted: bool) -> None:
+    x = ROWS[rows]((2, length)).to(DEVICE)
+    weight = weights_like(x) if weighted else torch.ones_like(x)
+    y = co.project_simplex(x, weight=weight if weighted else None)
+    assert ((y.double().sum(-1) - 1).abs() <= 1e-6).all()
+    assert_near(y, by_sorting(x, weight, 1.0), 1.0 + float((x.abs() * (y > 0)).max()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_optimality(dtype: torch.dtype, weighted: bool) -> None:
+    """The conditions of Karush, Kuhn and Tucker: one multiplier for all of the support, none larger outside."""
+    x = (torch.randn(50, 40, device=DEVICE) * 0.4).to(dtype)
+    weight = weights_like(x) if weighted else torch.ones_like(x, dtype=compute_dtype(dtype))
+    y = co.project_simplex(x, weight=weight if weighted else None).double()
+    pull = weight.double() * (x.double() - y)
+    multiplier = torch.where(y > 0, pull, -INF).amax(-1, keepdim=True)
+    slack = 8 * torch.finfo(dtype).eps * weight.double()
+    assert (y >= 0).all()
+    assert ((y.sum(-1) - 1).abs() <= (1e-6 if dtype in (F32, F64) else torch.finfo(dtype).eps)).all()
+    assert ((pull - multiplier).abs() <= slack)[y > 0].all()
+    assert (pull <= multiplier + slack)[y == 0].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_a_point_of_the_simplex_stays(dtype: torch.dtype, weighted: bool) -> None:
+    for total in (1.0, 8.0):
+        x = torch.randn(20, 30, device=DEVICE).relu().double()
+        x = (total * x / x.sum(-1, keepdim=True)).to(dtype)
+        weight = weights_like(x) if weighted else None
+        once = co.project_simplex(x, total=total, weight=weight)
+        twice = co.project_simplex(once, total=total, weight=weight)
+        eps = torch.finfo(dtype).eps
+        assert ((once - x).abs() <= 2 * eps * total).all()
+        assert ((twice - once).abs() <= 2 * eps * total).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [4, 70, 9000])
+def test_corners_and_ties_are_exact(length: int, dtype: torch.dtype) -> None:
+    one_hot = torch.nn.functional.one_hot(torch.tensor([0, 3, 2]), length).to(dtype).to(DEVICE)
+    assert torch.equal(co.project_simplex(one_hot), one_hot)
+    assert torch.equal(co.project_simplex(5 * one_hot), one_hot)
+    tied = torch.full((2, length), -7.0, dtype=dtype, device=DEVICE)
+    tied[:, :4] = 3.0
+    want = torch.zeros_like(tied)
+    want[:, :4] = 0.25
+    assert torch.equal(co.project_simplex(tied), want)
+
+
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("exponent", [4, 8, 20, 37])
+@pytest.mark.parametrize("length", [6, 100, 70_000])
+def test_huge_numbers(length: int, exponent: int, dtype: torch.dtype) -> None:
+    huge = 10.0**exponent
+    x = torch.randn(3, length, device=DEVICE).to(dtype).clamp(-2, 2) * huge
+    x[1, :3] = 2.5 * huge  # three tied
+    x[2] = -huge
+    x[2, 1] = -huge * (1 - torch.finfo(dtype).eps)
+    y = co.project_simplex(x)
+    assert torch.equal(y.sum(-1), torch.ones(3, dtype=dtype, device=DEVICE)) or length > 100
+    assert_near(y, by_sorting(x - x.amax(-1, keepdim=True), torch.ones_like(x), 1.0))
+    y = co.project_simplex(x, weight=weights_like(x))
+    assert ((y.double().sum(-1) - 1).abs() <= 1e-6).all() or huge * torch.finfo(dtype).eps ** 2 > 1e-7
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [4, 70, 20_000])
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_masks_infinities_and_nan(length: int, weighted: bool, dtype: torch.dtype) -> None:
+    x = torch.randn(6, length, device=DEVICE).to(dtype)
+    x[0, 1] = NAN
+    x[1, 2] = INF
+    x[2] = -INF
+    x[3, 1:] = -INF
+    x[4, : length // 2] = -INF
+    weight = weights_like(x) if weighted else None
+    y = co.project_simplex(x, weight=weight)
+    assert y[:3].isnan().all() and y[3:].isfinite().all()
+    assert y[3, 0] == 1 and (y[3, 1:] == 0).all() and (y[4, : length // 2] == 0).all()
+    rest = slice(length // 2, None)
+    alone = co.project_simplex(x[4, rest], weight=None if weight is None else weight[4, rest])
+    assert_near(y[4, rest], alone.double(), 8.0)
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, INF, NAN, 1e-310])
+@pytest.mark.parametrize("length", [3, 70, 20_000])
+def test_a_bad_weight_makes_nan_of_its_row(length: int, bad: float) -> None:
+    x = torch.randn(3, length, dtype=F64, device=DEVICE)
+    weight = weights_like(x)
+    weight[1, length - 1] = bad
+    y = co.project_simplex(x, weight=weight)
+    assert y[1].isnan().all() and y[[0, 2]].isfinite().all()
+
+
+def test_only_ratios_of_weights_matter() -> None:
+    x = torch.randn(20, 7, dtype=F64, device=DEVICE)
+    weight = weights_like(x)
+    y = co.project_simplex(x, weight=weight)
+    for scale in (1e-8, 1e6):
+        torch.testing.assert_close(co.project_simplex(x, weight=scale * weight), y, rtol=0, atol=1e-14)
+    constant = torch.tensor(0.3, dtype=F64, device=DEVICE)
+    torch.testing.assert_close(co.project_simplex(x, weight=constant), co.project_simplex(x), rtol=0, atol=1e-14)
+
+
+def test_weights_of_many_magnitudes() -> None:
+    """As Adam makes them: from epsilon to the size of a gradient."""
+    x = torch.rand(200, 12, device=DEVICE)
+    x = x / x.sum(-1, keepdim=True) + 0.02 * torch.randn_like(x)
+    weight = 10.0 ** (torch.rand_like(x) * 8 - 8)
+    y = co.project_simplex(x, weight=weight)
+    assert ((y.double().sum(-1) - 1).abs() <= 1e-6).all()
+    assert_near(y, by_sorting(x, weight, 1.0), 4.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_sums_in_16_bits_are_off_by_the_rounding_of_elements_alone(dtype: torch.dtype) -> None:
+    x = torch.randn(50, 300, device=DEVICE).mul(0.05).to(dtype)
+    for weight in (None, weights_like(x)):
+        y = co.project_simplex(x, weight=weight)
+        wide = co.project_simplex(x.float(), weight=weight)
+        assert torch.equal(y, wide.to(dtype))
+        assert ((y.double().sum(-1) - 1).abs() <= torch.finfo(dtype).eps / 2).all()
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -2])
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+def test_dimensions_and_strides(dim: int, weighted: bool) -> None:
+    values = torch.randn(5, 7, 6, device=DEVICE)
+    spacious = torch.zeros(5, 7, 13, device=DEVICE)
+    spacious[..., 1::2] = values
+    weight = weights_like(values)[:, :1] if weighted else None
+    last = None if weight is None else weight.movedim(dim, -1)
+    want = co.project_simplex(values.movedim(dim, -1).contiguous(), weight=last)
+    for x in (
+        values,
+        values.transpose(0, 2).contiguous().transpose(0, 2),
+        spacious[..., 1::2],
+        values[:1].expand(5, 7, 6),
+    ):
+        y = co.project_simplex(x, dim, weight=weight)
+        if _library._backend is None:  # operators promise a layout, formulas do not
+            assert y.stride() == torch.empty_like(x).stride()
+        if x.stride(0):
+            torch.testing.assert_close(y.movedim(dim, -1), want, rtol=0, atol=2e-6)
+        torch.testing.assert_close(y.sum(dim), torch.ones_like(y.sum(dim)))
+
+
+def test_shapes_without_much_in_them() -> None:
+    for weight in (None, torch.tensor(2.0, device=DEVICE)):
+        for shape in ((0,), (0, 3), (2, 0, 3)):
+            if shape[-1]:
+                assert co.project_simplex(torch.empty(shape, device=DEVICE), weight=weight).shape == shape
+        x = torch.tensor(-4.0, device=DEVICE, requires_grad=True)
+        y = co.project_simplex(x, 0, total=3, weight=weight)
+        assert y.item() == 3.0 and y.shape == ()
+        assert grad(y, x)[0].item() == 0.0
+        assert torch.equal(co.project_simplex(x.detach().expand(4, 1), weight=weight), torch.ones(4, 1, device=DEVICE))
+
+
+# --- Errors --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [0.0, -1.0, INF, NAN, 1e39, 1e-46])
+def test_a_total_that_cannot_be_is_a_value_error(total: float) -> None:
+    with pytest.raises(ValueError, match=f"^project_simplex: total must be .*, got total={re.escape(str(total))}$"):
+        co.project_simplex(torch.zeros(3), total=total)
+
+
+def test_wrong_arguments_are_named() -> None:
+    x = torch.zeros(2, 3)
+    with pytest.raises(TypeError, match=r"^project_simplex: x must be float16, .*, got torch\.int64$"):
+        co.project_simplex(x.long())
+    with pytest.raises(TypeError, match=r"^project_simplex: x must be a Tensor, got list$"):
+        co.project_simplex([1.0])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^project_simplex: total must be a float, got str$"):
+        co.project_simplex(x, total="1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"^project_simplex: weight must be a Tensor or None, got float$"):
+        co.project_simplex(x, weight=2.0)  # type: ignore[arg-type]
+    for dtype in (torch.bool, torch.complex64):
+        with pytest.raises(TypeError, match=f"^project_simplex: weight must be real, got dtype {dtype}$"):
+            co.project_simplex(x, weight=torch.ones(3, dtype=dtype))
+    with pytest.raises(ValueError, match=r"^project_simplex: weight must broadcast .* \(2,\), x \(2, 3\)$"):
+        co.project_simplex(x, weight=torch.ones(2))
+    with pytest.raises(ValueError, match=r"^project_simplex: weight is on meta, x on cpu$"):
+        co.project_simplex(x, weight=torch.ones(3, device="meta"))
+    with pytest.raises(IndexError, match=r"^project_simplex: dim must be from -2 to 1 for x .*, got 2$"):
+        co.project_simplex(x, 2)
+    with pytest.raises(ValueError, match=r"^project_simplex: x needs at least one element along dim 1"):
+        co.project_simplex(torch.zeros(2, 0))
+
+
+def loss(y: Tensor) -> Tensor:
+    return (y * torch.arange(y.numel(), dtype=y.dtype, device=y.device).view(y.shape).sin()).square().sum()
+
+
+# --- Derivatives ---------------------------------------------------------------------------------------------------
+
+
+def leaves(*shape: int) -> tuple[Tensor, Tensor]:
+    x = torch.randn(shape, dtype=F64, device=DEVICE, requires_grad=True)
+    return x, weights_like(x.detach()).requires_grad_()
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_derivatives(dim: int) -> None:
+    def function(x: Tensor) -> Tensor:
+        return co.project_simplex(x, dim, total=2.0)
+
+    x, _ = leaves(4, 6)
+    assert gradcheck(function, x, check_forward_ad=True, check_batched_grad=True, check_batched_forward_grad=True)
+    assert gradgradcheck(function, x, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "both"])
+def test_derivatives_with_a_weight(wanted: str) -> None:
+    x, weight = leaves(4, 6)
+    weight = weight.detach()[:1].clone().requires_grad_()  # one for all rows: gradients add up
+
+    def function(x: Tensor, weight: Tensor) -> Tensor:
+        return co.project_simplex(x, total=2.0, weight=weight)
+
+    arguments = (x if wanted != "weight" else x.detach(), weight if wanted != "x" else weight.detach())
+    assert gradcheck(function, arguments, check_forward_ad=True, check_batched_grad=True)
+    assert gradgradcheck(function, arguments, check_fwd_over_rev=True, check_rev_over_rev=True)
+
+
+def test_third_order_with_a_weight() -> None:
+    x, weight = leaves(3, 5)
+
+    def slope(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        y = co.project_simplex(x, weight=weight)
+        return grad(
+            (y * torch.arange(15.0, dtype=F64, device=DEVICE).view(3, 5).cos()).sum(), (x, weight), create_graph=True
+        )
+
+    assert gradgradcheck(slope, (x, weight))
+
+
+def test_the_gradient_is_that_of_the_formula() -> None:
+    """x - lambda / weight on the support, differentiated by PyTorch."""
+    x, weight = leaves(30, 12)
+    y = co.project_simplex(x, weight=weight)
+    inside = y.detach() > 0
+    assert 1 < inside.sum(-1).double().mean() < 11
+    u = torch.where(inside, 1 / weight, 0.0)
+    multiplier = (torch.where(inside, x, 0.0).sum(-1, keepdim=True) - 1) / u.sum(-1, keepdim=True)
+    plain = torch.where(inside, x - multiplier * u, 0.0)
+    g = torch.randn_like(x)
+    for got, want in zip(grad(y, (x, weight), g), grad(plain, (x, weight), g), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("length", [5, 64, 300, 70_000])
+def test_gradients_in_other_dtypes(length: int, dtype: torch.dtype) -> None:
+    x = torch.randn(4, length, device=DEVICE).mul(0.1).to(dtype).requires_grad_()
+    g = torch.randn(4, length, device=DEVICE).to(dtype)
+    y = co.project_simplex(x)
+    (got,) = grad(y, x, g)
+    inside = (y > 0).double()
+    want = inside * (g.double() - (inside * g.double()).sum(-1, keepdim=True) / inside.sum(-1, keepdim=True))
+    torch.testing.assert_close(got.double(), want, rtol=torch.finfo(dtype).eps, atol=4 * torch.finfo(F32).eps)
+    assert got.dtype == dtype
+
+
+def test_gradients_of_masked_and_nan_rows() -> None:
+    x = torch.tensor([[-INF, 0.4, 0.1], [NAN, 0.0, 1.0]], device=DEVICE, requires_grad=True)
+    y = co.project_simplex(x)
+    (got,) = grad(y, x, torch.tensor([[INF, 1.0, 2.0], [NAN, 1.0, 1.0]], device=DEVICE))
+    assert got[0].tolist() == [0.0, -0.5, 0.5]  # what comes from outside the support is not looked at
+    assert got[1].isnan().all()
+
+
+def test_what_is_kept_for_backward() -> None:
+    x, weight = (t.detach().clone() for t in leaves(4, 8))
+    for x_wants, weight_wants in ((True, False), (True, True), (False, True)):
+        kept: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):  # noqa: B023
+            leaf_x, leaf_weight = x.clone().requires_grad_(x_wants), weight.clone().requires_grad_(weight_wants)
+            y = co.project_simplex(leaf_x, weight=leaf_weight)
+        names = {leaf_x.data_ptr(): "x", leaf_weight.data_ptr(): "weight", y.data_ptr(): "y"}
+        assert {names[t.data_ptr()] for t in kept} == {"y", "weight"} | ({"x"} if weight_wants else set())
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        y = co.project_simplex(x.requires_grad_())
+    assert [t.data_ptr() for t in kept] == [y.data_ptr()]
+
+
+# --- At home in PyTorch --------------------------------------------------------------------------------------------
+
+
+def test_func_transforms() -> None:
+    x, weight = (t.detach() for t in leaves(3, 4))
+    for function, argument in (
+        (lambda x: co.project_simplex(x, 0), x),
+        (lambda x: co.project_simplex(x, weight=weight), x),
+        (lambda w: co.project_simplex(x, weight=w), weight),
+    ):
+        jacobians = [jac(function)(argument) for jac in (torch.func.jacrev, torch.func.jacfwd)]
+        torch.testing.assert_close(*jacobians)
+        leaf = argument.clone().requires_grad_()
+        torch.testing.assert_close(
+            torch.func.grad(lambda a, f=function: loss(f(a)))(argument), grad(loss(function(leaf)), leaf)[0]
+        )
+        scalar = lambda a, f=function: loss(f(a))  # noqa: E731
+        hessians = [torch.func.hessian(scalar)(argument), torch.func.jacrev(torch.func.jacrev(scalar))(argument)]
+        torch.testing.assert_close(*hessians)
+
+
+@pytest.mark.parametrize("in_dim", [0, 1, 2])
+def test_vmap(in_dim: int) -> None:
+    xs, weights = (t.detach() for t in leaves(2, 3, 4))
+    moved, moved_weights = xs.movedim(0, in_dim), weights.movedim(0, in_dim)
+
+    def of(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return co.project_simplex(x, 0, weight=weight)
+
+    torch.testing.assert_close(torch.func.vmap(of, in_dims=in_dim)(moved), torch.stack([of(x) for x in xs]))
+    pairs = torch.func.vmap(of, in_dims=in_dim)(moved, moved_weights)
+    torch.testing.assert_close(pairs, torch.stack([of(x, w) for x, w in zip(xs, weights, strict=True)]))
+    shared = torch.func.vmap(of, in_dims=(in_dim, None))(moved, weights[0])
+    torch.testing.assert_close(shared, torch.stack([of(x, weights[0]) for x in xs]))
+    slopes = torch.func.grad(lambda x, w: loss(of(x, w)), argnums=(0, 1))
+    wanted = zip(*(slopes(*pair) for pair in zip(xs, weights, strict=True)), strict=True)
+    batched = torch.func.vmap(slopes, in_dims=in_dim)(moved, moved_weights)
+    for got, want in zip(batched, wanted, strict=True):
+        torch.testing.assert_close(got, torch.stack(want))
+    zero_dim = torch.func.vmap(lambda x: co.project_simplex(x, 0))(torch.randn(5, device=DEVICE))
+    assert torch.equal(zero_dim, torch.ones(5, device=DEVICE))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compile(backend: str) -> None:
+    torch._dynamo.reset()
+    x, weight = leaves(5, 9)
+
+    def function(x: Tensor, weight: Tensor, total: float) -> tuple[Tensor, Tensor]:
+        return co.project_simplex(x * 2, 0, total=total) + 1, co.project_simplex(x, weight=weight)
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    for total in (1.0, 2.0, 3.5):
+        outcomes = []
+        for f in (compiled, function):
+            y, z = f(x, weight, total)
+            outcomes.append((y, z, *grad(loss(y) + loss(z), (x, weight))))
+        for got, want in zip(*outcomes, strict=True):
+            torch.testing.assert_close(got, want)
+
+
+def test_autocast_checkpoint_and_meta() -> None:
+    x = torch.randn(3, 4, device=DEVICE, requires_grad=True)
+    plain = co.project_simplex(x)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert torch.equal(co.project_simplex(x), plain)
+    again = torch.utils.checkpoint.checkpoint(co.project_simplex, x, use_reentrant=False)
+    torch.testing.assert_close(grad(loss(again), x), grad(loss(plain), x))
+    meta = torch.empty(2, 3, device="meta")
+    assert co.project_simplex(meta).shape == co.project_simplex(meta, weight=meta).shape == (2, 3)
+
+
+def arguments_of(kernel: str) -> tuple[Any, ...]:
+    x = torch.randn(3, 4, device=DEVICE)
+    values = {"dim": 1, "total": 1.0, "needed": -1, "weight": weights_like(x), "y": co.project_simplex(x), "x": x}
+    names = [argument.name for argument in _library.overload("projection", kernel)._schema.arguments]
+    return tuple(values.get(name, x) for name in names)
+
+
+@pytest.mark.parametrize("kernel", _library.PROJECTION)
+def test_opcheck(kernel: str) -> None:
+    operator, arguments = _library.overload("projection", kernel), arguments_of(kernel)
+    torch.library.opcheck(operator, arguments)
+    torch.library.opcheck(operator, tuple(a.t().contiguous().t() if isinstance(a, Tensor) else a for a in arguments))
+    if kernel == "backward.weighted":
+        grad_y, _, y, weight, dim, _ = arguments
+        torch.library.opcheck(operator, (grad_y, None, y, weight, dim, 1))
+        torch.library.opcheck(operator, (*arguments[:-1], 2))
