@@ -47,10 +47,8 @@ struct RowUnits {
   int64_t per_outer = 0;      // blocks of neighbouring rows in each outer index; 0: rows are taken as they come
   int64_t count;
 
-  explicit RowUnits(const RowLayout& layout) {
+  RowUnits(const RowLayout& layout, int64_t longest_in_tile) {
     const int64_t length = layout.length, inner = layout.inner;
-    // Where rows fill whole vectors, transposing pays only for the shortest.
-    const int64_t longest_in_tile = inner == 1 && length % 8 == 0 ? 16 : 64;
     way = length <= longest_in_tile ? tiles : inner == 1 ? rows : columns;
     if (way == rows) {
       rows_per_unit = std::clamp<int64_t>(1024 / length, 1, max_rows);
@@ -63,6 +61,16 @@ struct RowUnits {
     }
   }
 };
+
+inline RowUnits softmax_units(const RowLayout& layout) {
+  // Where rows fill whole vectors, transposing pays only for the shortest.
+  return {layout, layout.inner == 1 && layout.length % 8 == 0 ? 16 : 64};
+}
+
+inline RowUnits projection_units(const RowLayout& layout) {
+  // Tiles of rows that lie apart stay in the second-level cache, however often they are read.
+  return {layout, layout.inner == 1 ? 128 : 1024};
+}
 
 enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
 
