@@ -33,6 +33,8 @@ class CpuPlan:
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:
+            if any(size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)):
+                raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
             self._add(compiled, slot)
 
     def run(
