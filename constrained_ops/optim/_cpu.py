@@ -64,8 +64,8 @@ class CpuPlan:
         if not _alike(param.stride(), slot.exp_avg):
             param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
             self._gaps.append((slot.param, param))
-        lower, upper = (-math.inf, math.inf) if not isinstance(record, Box) else (record.lower, record.upper)
-        lower_each, upper_each = self._each(slot, lower), self._each(slot, upper)
+        bounds = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
+        (lower, lower_each), (upper, upper_each) = (self._bound(slot, bound) for bound in bounds)
         self._plan.add(
             kind=getattr(compiled.StepKind, _kind(slot, record)),
             group=slot.group,
@@ -77,21 +77,23 @@ class CpuPlan:
             max_exp_avg_sq=_pointer(slot.max_exp_avg_sq),
             raw=_pointer(slot.raw),
             step=slot.step.data_ptr(),
-            lower=float(lower) if lower_each is None else -math.inf,
-            upper=float(upper) if upper_each is None else math.inf,
-            lower_each=_pointer(lower_each),
-            upper_each=_pointer(upper_each),
+            lower=lower,
+            upper=upper,
+            lower_each=lower_each,
+            upper_each=upper_each,
             total=record.total if isinstance(record, SimplexOf) else 0.0,
         )
 
-    def _each(self, slot: Slot, bound: Bound) -> Tensor | None:
-        """A bound for each element, in the layout of the state; None if one holds for all."""
-        if not isinstance(bound, Tensor) or not any(bound.stride()):
-            return None
+    def _bound(self, slot: Slot, bound: Bound) -> tuple[float, int]:
+        """A bound for all elements, and the address of one for each in the layout of the state; 0 if all share one."""
+        if not isinstance(bound, Tensor):
+            return bound, 0
+        if not any(bound.stride()):
+            return (bound.reshape(-1)[0].item() if bound.numel() else 0.0), 0
         if not _alike(bound.stride(), slot.exp_avg):
             bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
         self._bounds.append(bound)
-        return bound
+        return math.nan, bound.data_ptr()
 
 
 def import_compiled() -> Any:
