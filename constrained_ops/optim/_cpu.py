@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,8 +12,7 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, Record, SimplexOf
-from .._library import compute_dtype
-from ._plans import Hyper, Slot, register
+from ._plans import Hyper, Slot, _compiled, register
 
 
 class CpuPlan:
@@ -24,18 +22,19 @@ class CpuPlan:
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        compiled: Any = import_compiled()
         first = slots[0]
-        self._plan = compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
+        self._plan = _compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
         self._slots = slots
         self._params = [slot.param for slot in slots]
         self._bounds: list[Tensor] = []  # kept alive
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:
-            if any(size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)):
+            if any(
+                size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)
+            ):
                 raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
-            self._add(compiled, slot)
+            self._add(slot)
 
     def run(
         self,
@@ -50,16 +49,22 @@ class CpuPlan:
             grads = list(grads)
             for i in self._copied:
                 grads[i] = torch.empty_like(self._slots[i].exp_avg, dtype=grads[i].dtype).copy_(grads[i].detach())
-        with torch.no_grad():
-            for param, dense in self._gaps:
-                dense.copy_(param)
+        if self._gaps:
+            self._fill(from_params=True)
         self._plan.run(list(map(Tensor.data_ptr, grads)), hyper, 1.0 if grad_scale is None else grad_scale.item())
         increment_version(self._params)
-        with torch.no_grad():
-            for param, dense in self._gaps:
+        if self._gaps:
+            self._fill(from_params=False)
+
+    @torch.no_grad()
+    def _fill(self, from_params: bool) -> None:
+        for param, dense in self._gaps:
+            if from_params:
+                dense.copy_(param)
+            else:
                 param.copy_(dense)
 
-    def _add(self, compiled: Any, slot: Slot) -> None:
+    def _add(self, slot: Slot) -> None:
         param, record = slot.param, slot.constraint
         if not _alike(param.stride(), slot.exp_avg):
             param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
@@ -67,7 +72,7 @@ class CpuPlan:
         bounds = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
         (lower, lower_each), (upper, upper_each) = (self._bound(slot, bound) for bound in bounds)
         self._plan.add(
-            kind=getattr(compiled.StepKind, _kind(slot, record)),
+            kind=getattr(_compiled.StepKind, _kind(slot, record)),
             group=slot.group,
             numel=param.numel(),
             rows=_rows(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1),
@@ -94,12 +99,6 @@ class CpuPlan:
             bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
         self._bounds.append(bound)
         return math.nan, bound.data_ptr()
-
-
-def import_compiled() -> Any:
-    from .. import _C
-
-    return _C
 
 
 def _kind(slot: Slot, record: Record | None) -> str:
