@@ -15,9 +15,9 @@ constexpr int64_t task_cost = 60;
 int64_t cost_of(StepKind kind) {
   if (kind == StepKind::simplex) return 64;
   if (kind == StepKind::softmax) return 32;
-  return step_on_raw(kind) ? 16 : 6;
+  return step_on_raw(kind) ? 24 : 6;
 }
-constexpr int64_t cost_per_thread = 10000;  // at least, so that waking another one pays
+constexpr int64_t cost_per_thread = 20000;  // at least, so that waking another one pays
 
 }  // namespace
 
