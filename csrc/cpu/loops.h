@@ -83,11 +83,19 @@ struct ProjectionCall {
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 
+struct StepSlot;     // csrc/step.h
+struct StepNumbers;  // csrc/cpu/step.h
+// A step over elements [begin, end) of a parameter, or blocks of it if its constraint goes along rows. The gradient
+// lies in memory as the parameter does.
+using StepLoop = void (*)(const StepSlot& slot, const void* grad, const StepNumbers& numbers, int64_t begin,
+                          int64_t end);
+
 #define CO_DECLARE_LOOPS                                                           \
   ElementwiseLoop bounded_loop(Kernel kernel, Dtype dtype, BoundsKind bounds);     \
   ElementwiseLoop exponential_loop(Kernel kernel, Dtype dtype, BoundsKind bounds); \
   RowLoop softmax_loop(Kernel kernel, Dtype dtype);                                \
-  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);
+  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);                  \
+  StepLoop step_loop(Dtype dtype, Dtype state);
 
 namespace baseline {
 CO_DECLARE_LOOPS

@@ -1,0 +1,175 @@
+// A step element by element: operands come in chunks of the compute type that fit the first-level cache, in place where
+// memory has that type, and vector loops go over them. Memory is passed once.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "../../math/bounded.h"
+#include "../../math/positive.h"
+#include "../../math/step.h"
+#include "../step.h"
+#include "elementwise.h"
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+constexpr int64_t step_chunk = 512;
+
+// A chunk of all operands; those that a kind has no use for are null.
+template <typename T>
+struct StepChunk {
+  const T* grad;
+  T* x;    // the parameter; on raw: written only
+  T* raw;  // on raw
+  T *m, *v, *largest_v;
+  const T *lower, *upper;  // by element
+};
+
+// Adam on y, which is the parameter, or raw.
+template <typename Hook, bool amsgrad, typename T>
+[[gnu::noinline]] void adam_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
+                                 T* __restrict y, T* __restrict m, T* __restrict v, T* __restrict largest_v,
+                                 const T* __restrict lower, const T* __restrict upper) {
+  const auto element = [&](int64_t i) __attribute__((always_inline)) {
+    Bounds<T> bounds = scalars;
+    if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
+    Moments<T> moments{m[i], v[i], T(0)};
+    if constexpr (amsgrad) moments.largest_v = largest_v[i];
+    T walks = y[i];
+    y[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
+    m[i] = moments.m;
+    v[i] = moments.v;
+    if constexpr (amsgrad) largest_v[i] = moments.largest_v;
+  };
+  constexpr int stride = 32;  // several vectors of independent work for the compiler to interleave
+  int64_t start = 0;
+  for (; start + stride <= n; start += stride) {
+#pragma GCC ivdep
+    for (int64_t i = start; i < start + stride; ++i) element(i);
+  }
+#pragma GCC ivdep
+  for (int64_t i = start; i < n; ++i) element(i);
+}
+
+template <typename T>
+using StepChunkLoop = void (*)(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at);
+
+template <typename Hook, bool amsgrad, typename T>
+void step_on_param(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
+  adam_loop<Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.m, at.v, at.largest_v, at.lower, at.upper);
+}
+
+// Derivative, Adam and transform one after the other: as one loop they are a chain of dependent operations too long
+// for a processor to overlap with the next. Storage tells the innermost neighbours of bounds by element.
+template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
+void step_on_raw(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
+  alignas(64) T grad_raw[step_chunk];
+  const T *backward_in[4] = {at.raw, at.grad}, *forward_in[] = {at.raw, at.lower, at.upper};
+  if constexpr (by_element) backward_in[1] = at.lower, backward_in[2] = at.upper, backward_in[3] = at.grad;
+  T* const backward_out[] = {grad_raw};
+  T* const forward_out[] = {at.x};
+  Loop<Storage, Backward<false, false>, Map, by_element>::run(backward_in, backward_out, scalars, n);
+  adam_loop<NoConstraint, amsgrad>(adam, scalars, n, grad_raw, at.raw, at.m, at.v, at.largest_v, at.lower, at.upper);
+  Loop<Storage, Forward<false>, Map, by_element>::run(forward_in, forward_out, scalars, n);
+}
+
+template <typename Storage, bool amsgrad>
+StepChunkLoop<compute_t<Storage>> pick_kind(StepKind kind, bool finite_bounds) {
+  using T = compute_t<Storage>;
+  switch (kind) {
+    case StepKind::box:
+      return step_on_param<Projected<false>, amsgrad, T>;
+    case StepKind::box_by_element:
+      return step_on_param<Projected<true>, amsgrad, T>;
+    case StepKind::interval:
+      return step_on_raw<T, Interval, false, amsgrad, T>;
+    case StepKind::lower_only:
+      return step_on_raw<T, LowerOnly, false, amsgrad, T>;
+    case StepKind::upper_only:
+      return step_on_raw<T, UpperOnly, false, amsgrad, T>;
+    case StepKind::bounded_by_element:
+      return finite_bounds ? step_on_raw<Storage, Interval, true, amsgrad, T>
+                           : step_on_raw<Storage, ByElement, true, amsgrad, T>;
+    case StepKind::exponential:
+      return step_on_raw<T, Exponential, false, amsgrad, T>;
+    case StepKind::exponential_by_element:
+      return step_on_raw<Storage, Exponential, true, amsgrad, T>;
+    default:
+      return step_on_param<NoConstraint, amsgrad, T>;
+  }
+}
+
+template <typename Storage>
+StepChunkLoop<compute_t<Storage>> pick_step(StepKind kind, bool amsgrad, bool finite_bounds = false) {
+  return amsgrad ? pick_kind<Storage, true>(kind, finite_bounds) : pick_kind<Storage, false>(kind, finite_bounds);
+}
+
+// n numbers in the compute type: where they lie if that is how they lie, else a copy in `buffer`.
+template <typename Stored, typename T>
+T* opened(Stored* data, int64_t n, T* buffer, bool read = true) {
+  if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>) {
+    return const_cast<T*>(data);
+  } else {
+    if (read && data) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) buffer[i] = to_compute(data[i]);
+    }
+    return buffer;
+  }
+}
+template <typename Stored, typename T>
+void closed(Stored* data, int64_t n, const T* buffer) {
+  if constexpr (!std::is_same_v<Stored, T>) {
+    if (!data) return;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) data[i] = to_storage<Stored>(buffer[i]);
+  }
+}
+
+template <typename Stored>
+Stored* advanced(void* data, int64_t by) {
+  return data ? static_cast<Stored*>(data) + by : nullptr;
+}
+
+template <typename Storage, typename State>
+void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  constexpr bool converts = !std::is_same_v<Storage, T>;
+  const bool each = step_by_element(slot.kind), on_raw = step_on_raw(slot.kind), amsgrad = slot.max_exp_avg_sq;
+  const auto adam = numbers.adam.as<T>();
+  const auto scalars = bounds_of_scalars<Storage>(slot.lower, slot.upper);
+  alignas(64) T buffers[converts ? 5 : 1][step_chunk];
+  alignas(64) T lower[step_chunk], upper[step_chunk];
+  if (each) {
+    std::fill_n(lower, std::min(step_chunk, end - begin), scalars.lower);
+    std::fill_n(upper, std::min(step_chunk, end - begin), scalars.upper);
+  }
+  auto loop = pick_step<Storage>(slot.kind, amsgrad);
+  for (int64_t start = begin; start < end; start += step_chunk) {
+    const int64_t n = std::min(step_chunk, end - start);
+    const Storage* grad = static_cast<const Storage*>(grads) + start;
+    Storage* x = static_cast<Storage*>(slot.param) + start;
+    State *m = advanced<State>(slot.exp_avg, start), *v = advanced<State>(slot.exp_avg_sq, start),
+          *largest_v = advanced<State>(slot.max_exp_avg_sq, start);
+    const auto buffer = [&](int i) { return buffers[converts ? i : 0]; };
+    const StepChunk<T> at{opened(grad, n, buffer(0)),
+                          opened(x, n, buffer(1), !on_raw),
+                          advanced<T>(slot.raw, start),
+                          opened(m, n, buffer(2)),
+                          opened(v, n, buffer(3)),
+                          opened(largest_v, n, buffer(4)),
+                          slot.lower_each ? static_cast<const T*>(slot.lower_each) + start : lower,
+                          slot.upper_each ? static_cast<const T*>(slot.upper_each) + start : upper};
+    if (slot.kind == StepKind::bounded_by_element)
+      loop = pick_step<Storage>(slot.kind, amsgrad, all_finite(at.lower, at.upper, n));
+    loop(adam, scalars, n, at);
+    closed(x, n, at.x);
+    closed(m, n, at.m);
+    closed(v, n, at.v);
+    closed(largest_v, n, at.largest_v);
+  }
+}
+
+}  // namespace
+}  // namespace constrained_ops::CO_LEVEL

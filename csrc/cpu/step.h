@@ -1,0 +1,73 @@
+// The plan of an optimizer's steps on the CPU, made once and run in every step, and what it tells the loops. No torch,
+// no Python.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <vector>
+
+#include "../step.h"
+#include "loops.h"
+
+namespace constrained_ops {
+
+// How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
+// passes them several times: a few whole outer indices, or a few neighbouring rows.
+struct StepBlocks {
+  static constexpr int64_t elements = 8192;
+
+  int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
+  int64_t count;
+
+  explicit StepBlocks(const RowLayout& layout) : lanes(layout.inner) {
+    const auto [outer, length, inner] = layout;
+    if (length * inner <= elements) {
+      outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
+      count = (outer + outers - 1) / outers;
+      return;
+    }
+    // A line of cache at least, unless that would be much memory.
+    const int64_t line = 16 * length <= 32 * elements ? 16 : 1;
+    lanes = std::min(inner, std::max(line, elements / length));
+    per_outer = (inner + lanes - 1) / lanes;
+    count = outer * per_outer;
+  }
+};
+
+// Hyperparameters as the formulas want them, for one parameter in one step.
+struct StepNumbers {
+  Adam<double> adam;
+  bool euclidean;
+};
+
+class StepPlan {
+ public:
+  StepPlan(Dtype dtype, Dtype state);
+
+  void add(const StepSlot& slot);
+
+  // One step of all slots, in the order in which they were added. `grads`: memory laid out as each slot's parameter.
+  void run(const std::vector<const void*>& grads, const std::vector<StepOptions>& groups, double grad_scale);
+
+  size_t size() const { return slots_.size(); }
+  size_t groups() const { return groups_; }  // how many there must be at the least
+
+ private:
+  // A span of a slot, in the units of StepLoop; spans do not depend on the number of threads.
+  struct Task {
+    uint32_t slot;
+    int64_t begin, end;
+  };
+
+  void prepare(const std::vector<StepOptions>& groups, double grad_scale);
+
+  StepLoop loop_;
+  size_t groups_ = 0;
+  std::vector<StepSlot> slots_;
+  std::vector<Task> tasks_;
+  std::vector<int64_t> costs_{0};     // of all tasks before each
+  std::vector<StepNumbers> numbers_;  // of this step, and which of them are each slot's
+  std::vector<uint32_t> numbers_of_;
+};
+
+}  // namespace constrained_ops
