@@ -1,0 +1,58 @@
+// One step on one element, whatever stands around Adam: a hook says on which number Adam walks, and what becomes of it.
+#pragma once
+
+#include "adam.h"
+#include "elementwise.h"
+
+namespace constrained_ops {
+
+// On the parameter itself.
+struct NoConstraint {
+  static constexpr bool on_raw = false, by_element = false;
+};
+
+// On the parameter, which is then projected: in a box the projection is the same in every diagonal metric.
+template <bool each>
+struct Projected {
+  static constexpr bool on_raw = false, by_element = each;
+};
+
+// On raw, whose transform the parameter is.
+template <typename Map, bool each>
+struct OnRaw {
+  static constexpr bool on_raw = true, by_element = each;
+};
+
+template <typename T>
+CO_HD T finish(NoConstraint, T y, const Bounds<T>&) {
+  return y;
+}
+template <bool each, typename T>
+CO_HD T finish(Projected<each>, T y, const Bounds<T>& b) {
+  return clamp(y, b.lower, b.upper);
+}
+template <typename Map, bool each, typename T>
+CO_HD T finish(OnRaw<Map, each>, T y, const Bounds<T>& b) {
+  return clamp(Map::at(y, b).x, b.smallest, b.largest);
+}
+
+template <typename Hook, typename T>
+CO_HD T derivative(Hook, T, const Bounds<T>&) {
+  return T(1);
+}
+template <typename Map, bool each, typename T>
+CO_HD T derivative(OnRaw<Map, each>, T raw, const Bounds<T>& b) {
+  return Map::at(raw, b).x_raw;
+}
+
+// `grad` as it comes. `y` is the number on which Adam walks, x or raw, and is overwritten; returns x.
+template <typename Hook, bool amsgrad, typename T>
+CO_HD T step_element(const Adam<T>& adam, const Bounds<T>& bounds, T grad, T& y, Moments<T>& moments) {
+  T g = grad * adam.grad_factor;
+  if constexpr (Hook::on_raw) g *= derivative(Hook{}, y, bounds);
+  const T d = adam_metric<amsgrad>(adam, g, y, moments);
+  y = adam_target(adam, y, moments.m, d);
+  return finish(Hook{}, y, bounds);
+}
+
+}  // namespace constrained_ops
