@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "math/adam.h"
 #include "operands.h"
 
 namespace constrained_ops {
@@ -49,6 +50,12 @@ struct StepSlot {
   const void* upper_each;  // likewise
   double lower, upper;     // boxes and intervals; infinite where there is none
   double total;            // simplex
+};
+
+// The hyperparameters of a parameter group.
+struct StepOptions {
+  AdamOptions adam;
+  bool euclidean;  // metric of the projection onto a simplex
 };
 
 }  // namespace constrained_ops

@@ -11,6 +11,7 @@ struct Loops {
   ElementwiseLoop (*exponential)(Kernel, Dtype, BoundsKind);
   RowLoop (*softmax)(Kernel, Dtype);
   ProjectionLoop (*projection)(Projection, Dtype);
+  StepLoop (*step)(Dtype, Dtype);
 };
 
 // The widest that this processor has; CONSTRAINED_OPS_SIMD (baseline, x86-64-v3, x86-64-v4) asks for a lesser one.

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 
+#include "../math/adam.h"
 #include "../operands.h"
+#include "../step.h"
 
 namespace constrained_ops {
 
@@ -74,11 +76,45 @@ struct ProjectionCall {
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 
+// How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
+// passes them several times: a few whole outer indices, or a few neighbouring rows.
+struct StepBlocks {
+  static constexpr int64_t elements = 8192;
+
+  int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
+  int64_t count;
+
+  explicit StepBlocks(const RowLayout& layout) : lanes(layout.inner) {
+    const auto [outer, length, inner] = layout;
+    if (length * inner <= elements) {
+      outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
+      count = (outer + outers - 1) / outers;
+      return;
+    }
+    // A line of cache at least, unless that would be much memory.
+    const int64_t line = 16 * length <= 32 * elements ? 16 : 1;
+    lanes = std::min(inner, std::max(line, elements / length));
+    per_outer = (inner + lanes - 1) / lanes;
+    count = outer * per_outer;
+  }
+};
+
+// Hyperparameters as the formulas want them, for one parameter in one step.
+struct StepNumbers {
+  Adam<double> adam;
+  bool euclidean;
+};
+// A step over elements [begin, end) of a parameter, or blocks of it if its constraint goes along rows. The gradient
+// lies in memory as the parameter does.
+using StepLoop = void (*)(const StepSlot& slot, const void* grad, const StepNumbers& numbers, int64_t begin,
+                          int64_t end);
+
 #define CO_DECLARE_LOOPS                                                           \
   ElementwiseLoop bounded_loop(Kernel kernel, Dtype dtype, BoundsKind bounds);     \
   ElementwiseLoop exponential_loop(Kernel kernel, Dtype dtype, BoundsKind bounds); \
   RowLoop softmax_loop(Kernel kernel, Dtype dtype);                                \
-  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);
+  ProjectionLoop projection_loop(Projection kernel, Dtype dtype);                  \
+  StepLoop step_loop(Dtype dtype, Dtype state);
 
 namespace baseline {
 CO_DECLARE_LOOPS

@@ -39,6 +39,12 @@ struct Adam {
             T(1 / std::sqrt(1 - std::pow(o.beta2, step))),
             T(o.eps)};
   }
+
+  template <typename U>
+  CO_HD Adam<U> as() const {
+    return {U(grad_factor), U(weight_decay), U(decay),      U(beta1_rest), U(beta2),
+            U(beta2_rest),  U(step_size),    U(root_scale), U(eps)};
+  }
 };
 
 template <typename T>
@@ -46,17 +52,19 @@ struct Moments {
   T m, v, largest_v;  // largest_v: with amsgrad
 };
 
+// NaN if either is, as torch.maximum has it.
+template <typename T>
+CO_HD T adam_larger(T a, T b) {
+  return (b > a) | (b != b) ? b : a;
+}
+
 // Moments and metric d after a gradient g at x; g after its transform's derivative.
 template <bool amsgrad, typename T>
 CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
-  g += adam.weight_decay * x;
+  g += adam.weight_decay == T(0) ? T(0) : adam.weight_decay * x;  // x may be infinite
   moments.m += adam.beta1_rest * (g - moments.m);
   moments.v = adam.beta2 * moments.v + adam.beta2_rest * g * g;
-  // A NaN stays one, as with torch.maximum.
-  if constexpr (amsgrad)
-    moments.largest_v = moments.largest_v >= moments.v
-                            ? moments.largest_v
-                            : (moments.largest_v == moments.largest_v ? moments.v : moments.largest_v);
+  if constexpr (amsgrad) moments.largest_v = adam_larger(moments.largest_v, moments.v);
   const T v = amsgrad ? moments.largest_v : moments.v;
   return std::sqrt(v) * adam.root_scale + adam.eps;
 }

@@ -1,0 +1,33 @@
+// The step of an optimizer on one parameter.
+#include "step_elements.h"
+#include "step_rows.h"
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+template <typename Storage, typename State>
+void step(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  if (slot.kind == StepKind::simplex)
+    step_simplex<Storage, State>(slot, grads, numbers, begin, end);
+  else if (slot.kind == StepKind::softmax)
+    step_softmax<Storage, State>(slot, grads, numbers, begin, end);
+  else
+    step_elements<Storage, State>(slot, grads, numbers, begin, end);
+}
+
+}  // namespace
+
+StepLoop step_loop(Dtype dtype, Dtype state) {
+  switch (dtype) {
+    case Dtype::half:
+      return state == dtype ? step<Half, Half> : step<Half, float>;
+    case Dtype::bfloat16:
+      return state == dtype ? step<BFloat16, BFloat16> : step<BFloat16, float>;
+    case Dtype::float32:
+      return step<float, float>;
+    default:
+      return step<double, double>;
+  }
+}
+
+}  // namespace constrained_ops::CO_LEVEL

@@ -1,0 +1,218 @@
+// A step along rows, block by block: what it needs of a block several times over stays in cache. A block whose numbers
+// lie one after the other in the compute type is worked on where it lies, others on copies.
+#pragma once
+
+#include <memory>
+
+#include "step_elements.h"
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+template <typename T>
+constexpr Dtype dtype_of = std::is_same_v<T, double> ? Dtype::float64 : Dtype::float32;
+
+// One block: `runs` runs of `length` numbers, `apart` from each other in memory; local copies have no gaps.
+struct StepBlock {
+  int64_t offset, runs, length, apart;
+  RowLayout local;
+
+  StepBlock(const RowLayout& layout, const StepBlocks& blocks, int64_t index) {
+    const int64_t size = layout.length * layout.inner;
+    if (blocks.per_outer == 1) {
+      const int64_t first = index * blocks.outers, outers = std::min(blocks.outers, layout.outer - first);
+      local = {outers, layout.length, layout.inner};
+      offset = first * size;
+      runs = 1;
+      length = outers * size;
+    } else {
+      const int64_t lane = index % blocks.per_outer * blocks.lanes;
+      local = {1, layout.length, std::min(blocks.lanes, layout.inner - lane)};
+      offset = index / blocks.per_outer * size + lane;
+      runs = layout.length;
+      length = local.inner;
+    }
+    apart = layout.inner;
+  }
+
+  int64_t numel() const { return runs * length; }
+
+  template <typename Stored, typename T>
+  bool in_place() const {
+    return runs == 1 && std::is_same_v<std::remove_const_t<Stored>, T>;
+  }
+  // `data` of the whole parameter. Reads the block, unless it is only to be written.
+  template <typename Stored, typename T>
+  T* open(Stored* data, T* copy, bool read = true) const {
+    if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>)
+      if (runs == 1) return const_cast<T*>(data) + offset;
+    if (read)
+      for (int64_t r = 0; r < runs; ++r)
+        for (int64_t i = 0; i < length; ++i) copy[r * length + i] = to_compute(data[offset + r * apart + i]);
+    return copy;
+  }
+  template <typename Stored, typename T>
+  void close(Stored* data, const T* values) const {
+    if (in_place<Stored, T>()) return;
+    for (int64_t r = 0; r < runs; ++r)
+      for (int64_t i = 0; i < length; ++i) data[offset + r * apart + i] = to_storage<Stored>(values[r * length + i]);
+  }
+};
+
+// Room for the copies of one thread.
+template <typename T>
+class StepScratch {
+ public:
+  StepScratch(const StepSlot& slot, const StepBlocks& blocks, int copies)
+      : size_(blocks.outers * blocks.lanes * slot.rows.length), memory_(new T[copies * size_]) {}
+  T* at(int copy) const { return memory_.get() + copy * size_; }
+
+ private:
+  int64_t size_;
+  std::unique_ptr<T[]> memory_;
+};
+
+// Adam without a constraint on y, a block in the compute type, with moments in memory.
+template <typename State, typename T>
+void step_block(const StepSlot& slot, const Adam<T>& adam, const StepBlock& block, const T* grad, T* y) {
+  constexpr bool converts = !std::is_same_v<State, T>;
+  alignas(64) T buffers[converts ? 3 : 1][step_chunk];
+  const auto buffer = [&](int i) { return buffers[converts ? i : 0]; };
+  const auto loop = pick_step<T>(StepKind::plain, slot.max_exp_avg_sq);
+  for (int64_t r = 0; r < block.runs; ++r) {
+    for (int64_t start = 0; start < block.length; start += step_chunk) {
+      const int64_t n = std::min(step_chunk, block.length - start), at = block.offset + r * block.apart + start;
+      State *m = advanced<State>(slot.exp_avg, at), *v = advanced<State>(slot.exp_avg_sq, at),
+            *largest_v = advanced<State>(slot.max_exp_avg_sq, at);
+      const int64_t here = r * block.length + start;
+      const StepChunk<T> chunk{grad + here,
+                               y + here,
+                               nullptr,
+                               opened(m, n, buffer(0)),
+                               opened(v, n, buffer(1)),
+                               opened(largest_v, n, buffer(2)),
+                               nullptr,
+                               nullptr};
+      loop(adam, {}, n, chunk);
+      closed(m, n, chunk.m);
+      closed(v, n, chunk.v);
+      closed(largest_v, n, chunk.largest_v);
+    }
+  }
+}
+
+template <typename Storage, typename State>
+void step_softmax(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const StepBlocks blocks(slot.rows);
+  const auto adam = numbers.adam.as<T>();
+  const StepScratch<T> scratch(slot, blocks, 3);
+  const T smallest = next_above<Storage>(T(0));
+  const RowLoop backward = softmax_loop(Kernel::backward, dtype_of<T>),
+                forward = softmax_loop(Kernel::forward, dtype_of<T>);
+  for (int64_t index = begin; index < end; ++index) {
+    const StepBlock block(slot.rows, blocks, index);
+    const int64_t units = RowUnits(block.local).count;
+    Storage* param = static_cast<Storage*>(slot.param);
+    const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
+    T* raw = block.open(static_cast<T*>(slot.raw), scratch.at(1));
+    T* x = block.open(param, scratch.at(2), false);  // holds the gradient to raw first
+    backward(RowCall{block.local, {raw, grad}, {x}}, 0, units);
+    step_block<State>(slot, adam, block, x, raw);
+    block.close(static_cast<T*>(slot.raw), raw);
+    forward(RowCall{block.local, {raw}, {x}}, 0, units);
+    if constexpr (!std::is_same_v<Storage, T>)  // what T can hold next to 0 and Storage cannot
+      for (int64_t i = 0; i < block.numel(); ++i) x[i] = x[i] > T(0) && x[i] < smallest ? smallest : x[i];
+    block.close(param, x);
+  }
+}
+
+// The moments after a gradient, and Adam's metric. Then, with the metric floored, y.
+template <bool amsgrad, typename T>
+[[gnu::noinline]] void metric_loop(const Adam<T> adam, int64_t n, const T* __restrict grad, const T* __restrict x,
+                                   T* __restrict m, T* __restrict v, T* __restrict largest_v, T* __restrict d) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) {
+    Moments<T> moments{m[i], v[i], T(0)};
+    if constexpr (amsgrad) moments.largest_v = largest_v[i];
+    d[i] = adam_metric<amsgrad>(adam, grad[i] * adam.grad_factor, x[i], moments);
+    m[i] = moments.m;
+    v[i] = moments.v;
+    if constexpr (amsgrad) largest_v[i] = moments.largest_v;
+  }
+}
+
+// [outer, length, inner]: no d less than its share of the row's largest. A NaN makes NaN of its row.
+template <typename T>
+[[gnu::noinline]] void floor_metric(const RowLayout& rows, T* __restrict d, T* __restrict largest) {
+  const auto [outer, length, inner] = rows;
+  for (int64_t o = 0; o < outer; ++o, d += length * inner) {
+    if (inner == 1) {
+      T top = 0;
+      int numbers = 1;
+#pragma omp simd reduction(max : top) reduction(& : numbers)
+      for (int64_t k = 0; k < length; ++k) {
+        top = d[k] > top ? d[k] : top;
+        numbers &= static_cast<int>(d[k] == d[k]);
+      }
+      const T floor = numbers ? adam_floor<T> * top : std::numeric_limits<T>::quiet_NaN();
+#pragma GCC ivdep
+      for (int64_t k = 0; k < length; ++k) d[k] = adam_larger(d[k], floor);
+      continue;
+    }
+    std::fill_n(largest, inner, T(0));
+    for (int64_t k = 0; k < length; ++k) {
+#pragma GCC ivdep
+      for (int64_t l = 0; l < inner; ++l) largest[l] = adam_larger(largest[l], d[k * inner + l]);
+    }
+    for (int64_t k = 0; k < length; ++k) {
+#pragma GCC ivdep
+      for (int64_t l = 0; l < inner; ++l) d[k * inner + l] = adam_larger(d[k * inner + l], adam_floor<T> * largest[l]);
+    }
+  }
+}
+
+template <typename T>
+[[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, const T* __restrict d,
+                                   T* __restrict x) {
+#pragma GCC ivdep
+  for (int64_t i = 0; i < n; ++i) x[i] = adam_target(adam, x[i], m[i], d[i]);
+}
+
+template <typename Storage, typename State>
+void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const StepBlocks blocks(slot.rows);
+  const auto adam = numbers.adam.as<T>();
+  const StepScratch<T> scratch(slot, blocks, 7);
+  const auto project =
+      projection_loop(numbers.euclidean ? Projection::forward : Projection::forward_weighted, dtype_of<T>);
+  const auto metric = slot.max_exp_avg_sq ? metric_loop<true, T> : metric_loop<false, T>;
+  for (int64_t index = begin; index < end; ++index) {
+    const StepBlock block(slot.rows, blocks, index);
+    const int64_t units = RowUnits(block.local).count, n = block.numel();
+    Storage* param = static_cast<Storage*>(slot.param);
+    const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
+    T* x = block.open(param, scratch.at(1));
+    if (numbers.euclidean) {
+      step_block<State>(slot, adam, block, grad, x);
+      project(ProjectionCall{block.local, {x}, {x}, slot.total}, 0, units);
+    } else {
+      State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
+            *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
+      T *m = block.open(exp_avg, scratch.at(2)), *v = block.open(exp_avg_sq, scratch.at(3)),
+        *largest_v = max_exp_avg_sq ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr, *d = scratch.at(5);
+      metric(adam, n, grad, x, m, v, largest_v, d);
+      floor_metric(block.local, d, scratch.at(6));
+      target_loop(adam, n, m, d, x);
+      block.close(exp_avg, m);
+      block.close(exp_avg_sq, v);
+      if (max_exp_avg_sq) block.close(max_exp_avg_sq, largest_v);
+      project(ProjectionCall{block.local, {x, d}, {x}, slot.total}, 0, units);
+    }
+    block.close(param, x);
+  }
+}
+
+}  // namespace
+}  // namespace constrained_ops::CO_LEVEL

@@ -1,0 +1,74 @@
+#include "step.h"
+
+#include <algorithm>
+
+#include "levels.h"
+#include "parallel.h"
+
+namespace constrained_ops {
+namespace {
+
+constexpr int64_t elements_per_task = 16384;
+
+// In about nanoseconds, to share work out evenly: of a task, and of 16 elements.
+constexpr int64_t task_cost = 60;
+int64_t cost_of(StepKind kind) {
+  if (kind == StepKind::simplex) return 64;
+  if (kind == StepKind::softmax) return 32;
+  return step_on_raw(kind) ? 16 : 6;
+}
+constexpr int64_t cost_per_thread = 10000;  // at least, so that waking another one pays
+
+}  // namespace
+
+StepPlan::StepPlan(Dtype dtype, Dtype state) : loop_(loops().step(dtype, state)) {}
+
+void StepPlan::add(const StepSlot& slot) {
+  const uint32_t index = static_cast<uint32_t>(slots_.size());
+  slots_.push_back(slot);
+  groups_ = std::max(groups_, static_cast<size_t>(slot.group) + 1);
+  const bool rows = step_along_rows(slot.kind);
+  const int64_t units = slot.numel == 0 ? 0 : rows ? StepBlocks(slot.rows).count : slot.numel;
+  const int64_t per_task = rows ? 1 : elements_per_task;
+  for (int64_t begin = 0; begin < units; begin += per_task) {
+    const int64_t end = std::min(units, begin + per_task);
+    tasks_.push_back({index, begin, end});
+    const int64_t elements = rows ? slot.numel / units : end - begin;
+    costs_.push_back(costs_.back() + task_cost + elements * cost_of(slot.kind) / 16);
+  }
+}
+
+// Counts the step, and computes what slots of one group and one count have in common.
+void StepPlan::prepare(const std::vector<StepOptions>& groups, double grad_scale) {
+  struct Last {
+    float step = 0;
+    uint32_t index = 0;
+  };
+  std::vector<Last> last(groups.size());
+  numbers_.clear();
+  numbers_of_.resize(slots_.size());
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const auto& options = groups[slots_[i].group];
+    auto& known = last[slots_[i].group];
+    const float step = *slots_[i].step += 1;
+    if (step != known.step) {
+      known = {step, static_cast<uint32_t>(numbers_.size())};
+      numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean});
+    }
+    numbers_of_[i] = known.index;
+  }
+}
+
+void StepPlan::run(const std::vector<const void*>& grads, const std::vector<StepOptions>& groups, double grad_scale) {
+  prepare(groups, grad_scale);
+  // By cost and not by number: threads get equal shares of what may be one large tensor and thousands of tiny ones.
+  parallel(costs_.back(), cost_per_thread, [&](int64_t begin, int64_t end) {
+    const auto first = std::lower_bound(costs_.begin(), costs_.end() - 1, begin) - costs_.begin();
+    for (size_t i = first; i < tasks_.size() && costs_[i] < end; ++i) {
+      const Task& task = tasks_[i];
+      loop_(slots_[task.slot], grads[task.slot], numbers_[numbers_of_[task.slot]], task.begin, task.end);
+    }
+  });
+}
+
+}  // namespace constrained_ops
