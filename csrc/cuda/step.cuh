@@ -39,6 +39,7 @@ static_assert(sizeof(StepGroup) == 64);
 // Elements [begin, end) of a slot, or for kinds along rows, rows of it.
 struct StepWork {
   int64_t slot, begin, end;
+  int64_t tile;  // for the Triton kernel
 };
 
 // How many of a slot's work items have started; 0 between launches.
