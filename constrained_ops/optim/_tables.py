@@ -53,10 +53,20 @@ class Tables(NamedTuple):
 
 
 class Tile(NamedTuple):
-    """Rows that are worked on together, and whether they are neighbours in memory."""
+    """Rows that are worked on together, in memory [outers, length, inners]."""
 
-    length: int  # of a row, rounded up to a power of two
-    side_by_side: int  # rows between whose elements a row's next one lies, a power of two, at most 32
+    outers: int
+    block: int  # of a row's elements, at a time
+    inners: int
+    one_block: bool  # whether that is all of them
+
+    @classmethod
+    def of(cls, length: int, inner: int) -> Tile:
+        if inner > 1:
+            return cls(1, 32, 32, length <= 32)
+        if length <= 16:
+            return cls(64, 16, 1, True)
+        return cls(8, 128, 1, True) if length <= 128 else cls(1, 1024, 1, length <= 1024)
 
 
 class TablePlan(ABC):
@@ -69,6 +79,8 @@ class TablePlan(ABC):
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
         self.device = slots[0].param.device
+        self.kinds: set[str] = set()
+        self._aligned = True
         self._kept: list[Tensor] = []  # alive because the tables have their addresses
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
@@ -90,10 +102,16 @@ class TablePlan(ABC):
             work=self._send(torch.tensor(work, dtype=torch.int64).view(-1, WORK_WORDS)),
             progress=self._send(torch.tensor([[0, n] for n in items], dtype=torch.int32)),
         )
-        self._known_grads: list[int] | None = None
+        self._grads: list[int] = []  # addresses in the present step
+        self._known_grads: list[int] | None = None  # in the table
         self._known_groups: bytes | None = None
         capturable = self.device.type == "cuda" and len(elsewhere) < len(slots)
         self._staging = _pinned(len(slots) + self._groups * GROUP_WORDS) if capturable else None
+
+    @property
+    def aligned(self) -> bool:
+        """Whether all memory of this step may be accessed 16 bytes at a time."""
+        return self._aligned and not any(pointer % 16 for pointer in self._grads)
 
     @abstractmethod
     def _launch(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None: ...
@@ -113,8 +131,9 @@ class TablePlan(ABC):
         for param, dense in self._gaps:
             dense.copy_(param)
         self._count()
+        self._grads = list(map(Tensor.data_ptr, grads))
         groups = b"".join([self._group(each) for each in hyper[: self._groups]])
-        self._launch(self._current(list(map(Tensor.data_ptr, grads)), groups), grad_scale, found_inf)
+        self._launch(self._current(self._grads, groups), grad_scale, found_inf)
         increment_version(self._written)
         for param, dense in self._gaps:
             param.copy_(dense)
@@ -168,16 +187,16 @@ class TablePlan(ABC):
             self._gaps.append((slot.param, param))
         lower, upper = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
         lower_each, upper_each = self._each(slot, lower), self._each(slot, upper)
+        kind = _kind(slot, record)
+        self.kinds.add(kind)
+        memory = (param, slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq, slot.raw)
+        self._aligned = self._aligned and not any(_pointer(t) % 16 for t in memory)
         return _SLOT.pack(
-            KINDS.index(_kind(slot, record)),
+            KINDS.index(kind),
             slot.group,
             param.numel(),
             *(_rows(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1)),
-            param.data_ptr(),
-            slot.exp_avg.data_ptr(),
-            slot.exp_avg_sq.data_ptr(),
-            _pointer(slot.max_exp_avg_sq),
-            _pointer(slot.raw),
+            *map(_pointer, memory),
             step,
             _pointer(lower_each),
             _pointer(upper_each),
@@ -220,12 +239,11 @@ class TablePlan(ABC):
             count, each, tile = slot.param.numel(), size, 0
             if isinstance(slot.constraint, SimplexOf):
                 _, length, inner = _rows(slot.exp_avg, slot.constraint.dim)
-                shape = Tile(_power_of_two(length), min(32, _power_of_two(inner)))
+                shape = Tile.of(length, inner)
                 if shape not in self.tiles:
                     self.tiles.append(shape)
                 tile = self.tiles.index(shape)
-                together = max(shape.side_by_side, THREADS // min(shape.length, 32)) if shape.length <= 256 else 1
-                together = max(together, shape.side_by_side)
+                together = shape.outers * shape.inners
                 count, each = count // length, together * max(1, size // (length * together))
             starts = range(0, max(count, 1), each)
             work += chain.from_iterable((index, start, min(start + each, count), tile) for start in starts)
