@@ -277,7 +277,7 @@ def test_a_gradient_that_was_never_there_does_not_take_all(plan_class: Any) -> N
     torch.testing.assert_close(slot.param.cpu(), y + u * 0.03 / u.sum(), atol=1e-7, rtol=0)
 
 
-# --- What the device tells ---------------------------------------------------------------------------------------------
+# --- What the device tells --------------------------------------------------------------------------------------------
 
 
 def small_slots(device: str, **options: Any) -> list[Slot]:
@@ -332,7 +332,7 @@ def test_step_counters_where_the_kernel_cannot_reach_them(plan_class: Any) -> No
             torch.testing.assert_close(slot.param.double().cpu(), want.param, rtol=1e-4, atol=1e-5)
 
 
-# --- The tables --------------------------------------------------------------------------------------------------------
+# --- The tables -------------------------------------------------------------------------------------------------------
 
 
 def test_only_what_changed_is_sent(plan_class: Any) -> None:

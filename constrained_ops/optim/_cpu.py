@@ -13,7 +13,6 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, Record, SimplexOf
-from .._library import compute_dtype
 from ._plans import Hyper, Slot, register
 
 

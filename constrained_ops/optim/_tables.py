@@ -110,7 +110,7 @@ class TablePlan(ABC):
 
     @property
     def aligned(self) -> bool:
-        """Whether all memory of this step may be accessed 16 bytes at a time."""
+        """Whether all memory of this step may be accessed 16 bytes at a time, with nothing left over."""
         return self._aligned and not any(pointer % 16 for pointer in self._grads)
 
     @abstractmethod
@@ -190,7 +190,8 @@ class TablePlan(ABC):
         kind = _kind(slot, record)
         self.kinds.add(kind)
         memory = (param, slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq, slot.raw)
-        self._aligned = self._aligned and not any(_pointer(t) % 16 for t in memory)
+        left_over = 0 if isinstance(record, SimplexOf) else param.numel() % 16
+        self._aligned = self._aligned and not left_over and not any(_pointer(t) % 16 for t in memory)
         return _SLOT.pack(
             KINDS.index(kind),
             slot.group,

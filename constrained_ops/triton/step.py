@@ -26,7 +26,9 @@ PLAIN, BOX, BOX_BY_ELEMENT, INTERVAL, LOWER_ONLY, UPPER_ONLY, BOUNDED_BY_ELEMENT
 EXPONENTIAL_BY_ELEMENT, SIMPLEX, SOFTMAX = map(tl.constexpr, range(8, 11))
 
 # Words of a slot, of a group and of a work item.
-GROUP, LENGTH, INNER, PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, RAW, STEP = map(tl.constexpr, (0, 3, 4, *range(5, 11)))
+GROUP, LENGTH, INNER, PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ, RAW, STEP = map(
+    tl.constexpr, (0, 3, 4, *range(5, 11))
+)
 LOWER_EACH, UPPER_EACH, LOWER, UPPER, TOTAL, SLOT_WORDS = map(tl.constexpr, range(11, 17))
 LR, BETA1, BETA2, EPS, WEIGHT_DECAY, FLAGS, LR_AT, GROUP_WORDS = map(tl.constexpr, (*range(7), 8))
 DECOUPLED, MAXIMIZE, EUCLIDEAN, LR_IS_DOUBLE = map(tl.constexpr, (1, 2, 4, 8))
@@ -102,34 +104,40 @@ class Memory(NamedTuple):
 
 
 @triton.jit
-def pointer(record, WORD: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    address = tl.load(record + WORD)
-    if ALIGNED:
-        address = tl.multiple_of(address, 16)
-    return address.to(tl.pointer_type(DTYPE))
+def pointer(record, WORD: tl.constexpr, DTYPE: tl.constexpr):
+    return tl.load(record + WORD).to(tl.pointer_type(DTYPE))
 
 
 @triton.jit
-def memory_of(slot, grads, STORAGE: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr, ALIGNED: tl.constexpr):
+def memory_of(slot, grads, STORAGE: tl.constexpr, STATE: tl.constexpr, COMPUTE: tl.constexpr):
     return Memory(
-        pointer(slot, PARAM, STORAGE, ALIGNED),
-        pointer(slot, RAW, COMPUTE, ALIGNED),
-        pointer(slot, EXP_AVG, STATE, ALIGNED),
-        pointer(slot, EXP_AVG_SQ, STATE, ALIGNED),
-        pointer(slot, MAX_EXP_AVG_SQ, STATE, ALIGNED),
+        pointer(slot, PARAM, STORAGE),
+        pointer(slot, RAW, COMPUTE),
+        pointer(slot, EXP_AVG, STATE),
+        pointer(slot, EXP_AVG_SQ, STATE),
+        pointer(slot, MAX_EXP_AVG_SQ, STATE),
         tl.load(slot + MAX_EXP_AVG_SQ) != 0,
-        pointer(grads, 0, STORAGE, ALIGNED),
+        pointer(grads, 0, STORAGE),
     )
 
 
 @triton.jit
-def load(pointer, at, inside):
-    return to_compute(tl.load(pointer + at, inside, 0.0))
+def addresses(pointer, at, ALIGNED: tl.constexpr):
+    """Triton knows nothing of what was an integer; where ALIGNED it may access 16 bytes at a time."""
+    if ALIGNED:
+        return tl.multiple_of(pointer + at, 16)
+    else:
+        return pointer + at
 
 
 @triton.jit
-def store(pointer, at, inside, value):
-    tl.store(pointer + at, to_storage(value, pointer.dtype.element_ty), inside)
+def load(pointer, at, inside, ALIGNED: tl.constexpr):
+    return to_compute(tl.load(addresses(pointer, at, ALIGNED), inside, 0.0))
+
+
+@triton.jit
+def store(pointer, at, inside, value, ALIGNED: tl.constexpr):
+    tl.store(addresses(pointer, at, ALIGNED), to_storage(value, pointer.dtype.element_ty), inside)
 
 
 class Moments(NamedTuple):
@@ -140,12 +148,12 @@ class Moments(NamedTuple):
 
 
 @triton.jit
-def moments_after(memory, at, inside, adam, g, x):
+def moments_after(memory, at, inside, adam, g, x, ALIGNED: tl.constexpr):
     """Moments and metric after a gradient g at x; g after its transform's derivative."""
     amsgrad = inside & memory.amsgrad
-    m = load(memory.exp_avg, at, inside)
-    v = load(memory.exp_avg_sq, at, inside)
-    largest_v = load(memory.max_exp_avg_sq, at, amsgrad)
+    m = load(memory.exp_avg, at, inside, ALIGNED)
+    v = load(memory.exp_avg_sq, at, inside, ALIGNED)
+    largest_v = load(memory.max_exp_avg_sq, at, amsgrad, ALIGNED)
     g += tl.where(adam.weight_decay == 0.0, 0.0, adam.weight_decay * x)  # x may be infinite
     m += adam.beta1_rest * (g - m)
     v = adam.beta2 * v + adam.beta2_rest * g * g
@@ -155,10 +163,10 @@ def moments_after(memory, at, inside, adam, g, x):
 
 
 @triton.jit
-def store_moments(memory, at, inside, moments):
-    store(memory.exp_avg, at, inside, moments.m)
-    store(memory.exp_avg_sq, at, inside, moments.v)
-    store(memory.max_exp_avg_sq, at, inside & memory.amsgrad, moments.largest_v)
+def store_moments(memory, at, inside, moments, ALIGNED: tl.constexpr):
+    store(memory.exp_avg, at, inside, moments.m, ALIGNED)
+    store(memory.exp_avg_sq, at, inside, moments.v, ALIGNED)
+    store(memory.max_exp_avg_sq, at, inside & memory.amsgrad, moments.largest_v, ALIGNED)
 
 
 @triton.jit
@@ -190,8 +198,8 @@ def bounds_at(slot, at, inside, KIND: tl.constexpr, STORAGE: tl.constexpr, COMPU
     width = (upper - lower).to(COMPUTE)
     low, high = lower.to(COMPUTE), upper.to(COMPUTE)
     if (KIND == BOX_BY_ELEMENT) | (KIND == BOUNDED_BY_ELEMENT) | (KIND == EXPONENTIAL_BY_ELEMENT):
-        lower_each = pointer(slot, LOWER_EACH, COMPUTE, False)
-        upper_each = pointer(slot, UPPER_EACH, COMPUTE, False)
+        lower_each = pointer(slot, LOWER_EACH, COMPUTE)
+        upper_each = pointer(slot, UPPER_EACH, COMPUTE)
         lower = tl.load(lower_each + at, inside & (tl.load(slot + LOWER_EACH) != 0), low)
         upper = tl.load(upper_each + at, inside & (tl.load(slot + UPPER_EACH) != 0), high)
         return bounds_of_element(lower, upper, STORAGE)
@@ -205,34 +213,37 @@ def step_elements(
     slot,
     memory,
     adam,
-    begin,
-    end,
+    item,
     STORAGE: tl.constexpr,
     COMPUTE: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    begin, end = tl.load(item + 1), tl.load(item + 2)
+    if ALIGNED:
+        begin, end = tl.multiple_of(begin, 16), tl.multiple_of(end, 16)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         inside = at < end
-        g = load(memory.grads, at, inside) * adam.grad_factor
+        g = load(memory.grads, at, inside, ALIGNED) * adam.grad_factor
         if KIND == PLAIN:
-            x = load(memory.param, at, inside)
-            moments = moments_after(memory, at, inside, adam, g, x)
+            x = load(memory.param, at, inside, ALIGNED)
+            moments = moments_after(memory, at, inside, adam, g, x, ALIGNED)
             value = target(adam, x, moments.m, moments.d)
         elif (KIND == BOX) | (KIND == BOX_BY_ELEMENT):
             bounds = bounds_at(slot, at, inside, KIND, STORAGE, COMPUTE)
-            x = load(memory.param, at, inside)
-            moments = moments_after(memory, at, inside, adam, g, x)
+            x = load(memory.param, at, inside, ALIGNED)
+            moments = moments_after(memory, at, inside, adam, g, x, ALIGNED)
             value = clamp(target(adam, x, moments.m, moments.d), bounds.lower, bounds.upper)
         else:
             bounds = bounds_at(slot, at, inside, KIND, STORAGE, COMPUTE)
-            raw = load(memory.raw, at, inside)
-            moments = moments_after(memory, at, inside, adam, g * transform(KIND, raw, bounds).x_raw, raw)
+            raw = load(memory.raw, at, inside, ALIGNED)
+            moments = moments_after(memory, at, inside, adam, g * transform(KIND, raw, bounds).x_raw, raw, ALIGNED)
             raw = target(adam, raw, moments.m, moments.d)
             value = clamp(transform(KIND, raw, bounds).x, bounds.smallest, bounds.largest)
-            store(memory.raw, at, inside, raw)
-        store_moments(memory, at, inside, moments)
-        store(memory.param, at, inside, value)
+            store(memory.raw, at, inside, raw, ALIGNED)
+        store_moments(memory, at, inside, moments, ALIGNED)
+        store(memory.param, at, inside, value, ALIGNED)
 
 
 # --- Along rows: tiles [OUTERS, BLOCK, INNERS], rows along the second dimension, see simplex.py -----------------------
@@ -263,8 +274,8 @@ def largest_metric(memory, adam, rows, END, OUTERS: tl.constexpr, BLOCK: tl.cons
     largest = tl.zeros((OUTERS, 1, INNERS), adam.eps.dtype)
     for first in range(0, END, BLOCK):
         at, inside = items_from(rows, first, BLOCK)
-        x, g = load(memory.param, at, inside), load(memory.grads, at, inside) * adam.grad_factor
-        d = tl.where(inside, moments_after(memory, at, inside, adam, g, x).d, 0.0)
+        x, g = load(memory.param, at, inside, False), load(memory.grads, at, inside, False) * adam.grad_factor
+        d = tl.where(inside, moments_after(memory, at, inside, adam, g, x, False).d, 0.0)
         candidate = tl.max(d, 1, keep_dims=True) + tl.sum(tl.where(d == d, 0.0, d), 1, keep_dims=True)
         largest = tl.where((candidate > largest) | (candidate != candidate), candidate, largest)
     return largest
@@ -281,8 +292,8 @@ class Projectable(NamedTuple):
 
 @triton.jit
 def projectable(memory, adam, at, inside, floor, euclidean):
-    x, g = load(memory.param, at, inside), load(memory.grads, at, inside) * adam.grad_factor
-    moments = moments_after(memory, at, inside, adam, g, x)
+    x, g = load(memory.param, at, inside, False), load(memory.grads, at, inside, False) * adam.grad_factor
+    moments = moments_after(memory, at, inside, adam, g, x, False)
     floored = tl.where((floor > moments.d) | (floor != floor), floor, moments.d)
     y = tl.where(inside, target(adam, x, moments.m, floored), -INFINITY)
     d = tl.where(euclidean | (inside == 0), 1.0, floored).to(y.dtype)
@@ -338,8 +349,8 @@ def step_simplex(
             at, inside = items_from(rows, first, BLOCK)
             p = projectable(memory, adam, at, inside, floor, euclidean)
             rest = rest_of(minus_product(p.y, lam.anchor, p.u), p.u, lam, True)
-            store_moments(memory, at, inside, p.moments)
-            store(memory.param, at, inside, tl.where(rest <= 0.0, 0.0, rest))
+            store_moments(memory, at, inside, p.moments, False)
+            store(memory.param, at, inside, tl.where(rest <= 0.0, 0.0, rest), False)
 
 
 @triton.jit
@@ -386,31 +397,31 @@ def step_softmax(
         shift = tl.full((OUTERS, 1, INNERS), -INFINITY, COMPUTE)
         for first in range(0, end_of_row, BLOCK):
             at, inside = items_from(rows, first, BLOCK)
-            g = load(memory.grads, at, inside) * adam.grad_factor
+            g = load(memory.grads, at, inside, False) * adam.grad_factor
             is_largest = raw_of(memory, rows, first, BLOCK) == largest
             candidate = tl.max(tl.where(is_largest, g, -INFINITY), 1, keep_dims=True)
             shift = tl.where(candidate > shift, candidate, shift)
         mean = tl.zeros((OUTERS, 1, INNERS), COMPUTE)
         for first in range(0, end_of_row, BLOCK):
             at, inside = items_from(rows, first, BLOCK)
-            g = load(memory.grads, at, inside) * adam.grad_factor
+            g = load(memory.grads, at, inside, False) * adam.grad_factor
             x = softmax_weight(raw_of(memory, rows, first, BLOCK), largest) * inverse_sum
             mean += tl.sum(x * (g - shift), 1, keep_dims=True)
         for first in range(0, end_of_row, BLOCK):
             at, inside = items_from(rows, first, BLOCK)
-            g = load(memory.grads, at, inside) * adam.grad_factor
+            g = load(memory.grads, at, inside, False) * adam.grad_factor
             raw = raw_of(memory, rows, first, BLOCK)
             x = softmax_weight(raw, largest) * inverse_sum
-            moments = moments_after(memory, at, inside, adam, softmax_backward(x, g - shift, mean), raw)
-            store_moments(memory, at, inside, moments)
-            store(memory.raw, at, inside, target(adam, raw, moments.m, moments.d))
+            moments = moments_after(memory, at, inside, adam, softmax_backward(x, g - shift, mean), raw, False)
+            store_moments(memory, at, inside, moments, False)
+            store(memory.raw, at, inside, target(adam, raw, moments.m, moments.d), False)
         tl.debug_barrier()  # other threads may read what these have written
         largest, inverse_sum = largest_and_inverse_sum(memory, rows, end_of_row, OUTERS, BLOCK, INNERS)
         for first in range(0, end_of_row, BLOCK):
             at, inside = items_from(rows, first, BLOCK)
             raw = raw_of(memory, rows, first, BLOCK)
             value = softmax_value(raw, softmax_weight(raw, largest), inverse_sum, smallest)
-            store(memory.param, at, inside, value)
+            store(memory.param, at, inside, value, False)
 
 
 # --- The kernel -------------------------------------------------------------------------------------------------------
@@ -437,7 +448,7 @@ def take_step(
     kind_and_group = tl.load(slot + GROUP)
     kind, group = kind_and_group & 0xFFFFFFFF, groups + (kind_and_group >> 32) * GROUP_WORDS
     flags = tl.load(group + FLAGS)
-    counter = pointer(slot, STEP, tl.float32, False)
+    counter = pointer(slot, STEP, tl.float32)
     step = tl.load(counter) + 1.0
     adam = adam_at(group, flags, step, grad_scale, COMPUTE)
     # The last item of the slot to come here knows that all have read the counter.
@@ -446,7 +457,7 @@ def take_step(
     if started == tl.load(progress + index * 2 + 1):
         tl.store(progress + index * 2, 0)
         tl.store(counter, step)
-    memory = memory_of(slot, grads + index, STORAGE, STATE, COMPUTE, ALIGNED)
+    memory = memory_of(slot, grads + index, STORAGE, STATE, COMPUTE)
     for i in tl.static_range(len(KINDS)):
         if kind == KINDS[i]:
             if KINDS[i] == SIMPLEX:
@@ -459,7 +470,7 @@ def take_step(
                     if tile == t:
                         step_softmax(slot, memory, adam, begin, end, STORAGE, COMPUTE, *TILES[t])
             else:
-                step_elements(KINDS[i], slot, memory, adam, begin, end, STORAGE, COMPUTE, BLOCK)
+                step_elements(KINDS[i], slot, memory, adam, item, STORAGE, COMPUTE, ALIGNED, BLOCK)
 
 
 @triton.jit
@@ -509,7 +520,7 @@ def launcher(plan: TablePlan) -> Callable[[Tables, Tensor | None, Tensor | None]
                 STATE=state,
                 ALIGNED=plan.aligned,
                 BLOCK=BLOCK,
-                num_warps=4,
+                num_warps=8,
             )
 
     return launch
