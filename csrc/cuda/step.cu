@@ -1,9 +1,8 @@
 // step: the step of the optimizers on everything that their tables list.
-#include "step.cuh"
-
 #include <optional>
 
 #include "on_device.cuh"
+#include "step.cuh"
 
 namespace constrained_ops {
 namespace {

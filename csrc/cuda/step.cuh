@@ -52,7 +52,7 @@ struct StepTables {
   const void* const* grads;  // [slots], in memory laid out as each slot's parameter
   const StepGroup* groups;
   const StepWork* work;
-  StepProgress* progress;  // [slots]
+  StepProgress* progress;   // [slots]
   const float* grad_scale;  // [1], or null
   const float* found_inf;   // [1], or null
   int cache;                // how many elements of rows each thread has shared memory for
@@ -73,8 +73,9 @@ constexpr size_t step_shared_bytes(int cache) {
   return step_cache_at<T> + size_t(cache) * step_threads * 3 * sizeof(T);
 }
 
-// --- Memory -----------------------------------------------------------------------------------------------------------
-// What a kernel writes it must not read through the read-only cache, as load() does.
+// --- Memory
+// ----------------------------------------------------------------------------------------------------------- What a
+// kernel writes it must not read through the read-only cache, as load() does.
 
 template <typename Stored>
 __device__ __forceinline__ compute_t<Stored> read(const Stored* p) {
@@ -122,7 +123,8 @@ __device__ __forceinline__ T metric(const Adam<T>& adam, bool amsgrad, T g, T x,
   return amsgrad ? adam_metric<true>(adam, g, x, moments) : adam_metric<false>(adam, g, x, moments);
 }
 
-// --- Element by element -----------------------------------------------------------------------------------------------
+// --- Element by element
+// -----------------------------------------------------------------------------------------------
 
 template <typename Hook, typename Storage, typename State, typename T>
 __device__ __forceinline__ void step_elements(const StepSlot& slot, const Storage* grads, const Adam<T>& adam,
@@ -174,7 +176,8 @@ __device__ __forceinline__ void step_elements(const StepSlot& slot, const Storag
   }
 }
 
-// --- Along rows -------------------------------------------------------------------------------------------------------
+// --- Along rows
+// -------------------------------------------------------------------------------------------------------
 
 // A slot's memory as a row sees it.
 template <typename Storage, typename State>
@@ -379,7 +382,8 @@ __device__ __forceinline__ void with_step_group(const RowLayout& rows, const F& 
   }
 }
 
-// --- The kernel -------------------------------------------------------------------------------------------------------
+// --- The kernel
+// -------------------------------------------------------------------------------------------------------
 
 template <typename Storage, typename State>
 __global__ void __launch_bounds__(step_threads, 2) step_kernel(const StepTables tables) {
@@ -430,8 +434,8 @@ __global__ void __launch_bounds__(step_threads, 2) step_kernel(const StepTables 
         step_simplex<Storage, State>(slot, grads, adam, euclidean, work, cache, tables.cache, threads);
       });
     case StepKind::softmax:
-      return with_step_group<T>(
-          slot.rows, [&](auto threads) { step_softmax<Storage, State>(slot, grads, adam, work, threads); });
+      return with_step_group<T>(slot.rows,
+                                [&](auto threads) { step_softmax<Storage, State>(slot, grads, adam, work, threads); });
   }
 }
 
