@@ -14,6 +14,7 @@ import struct
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from ctypes import c_float
+from importlib import import_module
 from itertools import chain
 from typing import NamedTuple
 
@@ -285,9 +286,8 @@ class CudaPlan(TablePlan):
 class TritonPlan(TablePlan):
     def __init__(self, slots: Sequence[Slot]) -> None:
         super().__init__(slots)
-        from ..triton.step import launcher
-
-        self._run = launcher(self)
+        package = __package__.rpartition(".")[0]
+        self._run = import_module(f"{package}.triton.step").launcher(self)
 
     def _launch(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._run(tables, grad_scale, found_inf)

@@ -90,7 +90,7 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
 
 inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
 
-inline void __threadfence() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
+inline void __threadfence() {}  // blocks run one after the other
 
 // --- The part of the runtime that launch.cuh uses --------------------------------------------------------------------
 
