@@ -54,6 +54,25 @@ void run(StepPlan& plan, const py::list& grads, const py::list& hyper, double gr
   plan.run(pointers, groups, grad_scale);
 }
 
+// Whether two lists hold the very same objects, and whether the values of dicts, one after the other, are those of a
+// list. With hundreds of parameters a Python loop over all of them costs more than the step.
+bool same_objects(const py::list& some, const py::list& others) {
+  if (some.size() != others.size()) return false;
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(some.ptr()); ++i)
+    if (PyList_GET_ITEM(some.ptr(), i) != PyList_GET_ITEM(others.ptr(), i)) return false;
+  return true;
+}
+bool same_values(const py::list& dicts, const py::list& objects) {
+  Py_ssize_t next = 0;
+  for (const auto& dict : dicts) {
+    if (!PyDict_Check(dict.ptr())) return false;
+    PyObject *key, *value;
+    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);)
+      if (next == PyList_GET_SIZE(objects.ptr()) || PyList_GET_ITEM(objects.ptr(), next++) != value) return false;
+  }
+  return next == PyList_GET_SIZE(objects.ptr());
+}
+
 void add(StepPlan& plan, StepKind kind, int32_t group, int64_t numel, std::tuple<int64_t, int64_t, int64_t> rows,
          uintptr_t param, uintptr_t exp_avg, uintptr_t exp_avg_sq, uintptr_t max_exp_avg_sq, uintptr_t raw,
          uintptr_t step, double lower, double upper, uintptr_t lower_each, uintptr_t upper_each, double total) {
@@ -83,6 +102,9 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build") = py::dict(py::arg("torch") = CO_TORCH_VERSION, py::arg("compiler") = CO_COMPILER,
                              py::arg("cuda") = CO_CUDA_VERSION, py::arg("cuda_architectures") = CO_CUDA_ARCHITECTURES,
                              py::arg("cuda_left_out") = CO_CUDA_LEFT_OUT);
+
+  m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
+  m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));
 
   py::enum_<StepKind>(m, "StepKind", "What stands around Adam in a step; see csrc/step.h.")
       .value("plain", StepKind::plain)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _checks, _library
 from .._constraints import Record, interpret
@@ -26,6 +27,9 @@ _NOT_OURS = ("foreach", "fused", "differentiable")  # left by torch.optim.Adam i
 _health_check: Callable[[Optimizer], None] = getattr(
     Optimizer, "_accelerator_graph_capture_health_check", None
 ) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009  (its name before torch 2.12)
+
+
+_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
 
 
 class Binding(NamedTuple):
@@ -60,6 +64,16 @@ class ConstrainedAdam(Optimizer):
             ValueError: a parameter was moved out of its constraint (``ReparametrizedAdam``), or its state has another
                 shape. All of this before anything is written.
         """
+        # The wrapper that torch.optim.Optimizer puts around step takes as long as a small step itself: without hooks
+        # and profiler it does nothing.
+        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
+        if _profiler_enabled() or any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+            return self._watched_step(*([] if closure is None else [closure]))
+        return self._unwatched_step(closure)
+
+    step.hooked = True  # type: ignore[attr-defined]  # tells torch.optim.Optimizer that step looks after its hooks
+
+    def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
         _health_check(self)
         loss = None
         if closure is not None:
@@ -79,6 +93,8 @@ class ConstrainedAdam(Optimizer):
             self._reconcile(prepared)
         prepared.run(grads, list(map(_hyper, groups)), getattr(self, "grad_scale", None), found_inf)
         return loss
+
+    _watched_step = Optimizer.profile_hook_step(_unwatched_step)
 
     @torch.no_grad()
     def _prepare(self) -> tuple[Prepared, list[Tensor]]:

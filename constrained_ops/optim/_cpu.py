@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, Record, SimplexOf
-from ._plans import Hyper, Slot, register
+from ._plans import Hyper, Slot, _compiled, register
 
 
 class CpuPlan:
@@ -23,16 +22,19 @@ class CpuPlan:
     """
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        compiled: Any = import_compiled()
         first = slots[0]
-        self._plan = compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
+        self._plan = _compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
         self._slots = slots
         self._params = [slot.param for slot in slots]
         self._bounds: list[Tensor] = []  # kept alive
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:
-            self._add(compiled, slot)
+            if any(
+                size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)
+            ):
+                raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
+            self._add(slot)
 
     def run(
         self,
@@ -47,24 +49,30 @@ class CpuPlan:
             grads = list(grads)
             for i in self._copied:
                 grads[i] = torch.empty_like(self._slots[i].exp_avg, dtype=grads[i].dtype).copy_(grads[i].detach())
-        with torch.no_grad():
-            for param, dense in self._gaps:
-                dense.copy_(param)
+        if self._gaps:
+            self._fill(from_params=True)
         self._plan.run(list(map(Tensor.data_ptr, grads)), hyper, 1.0 if grad_scale is None else grad_scale.item())
         increment_version(self._params)
-        with torch.no_grad():
-            for param, dense in self._gaps:
+        if self._gaps:
+            self._fill(from_params=False)
+
+    @torch.no_grad()
+    def _fill(self, from_params: bool) -> None:
+        for param, dense in self._gaps:
+            if from_params:
+                dense.copy_(param)
+            else:
                 param.copy_(dense)
 
-    def _add(self, compiled: Any, slot: Slot) -> None:
+    def _add(self, slot: Slot) -> None:
         param, record = slot.param, slot.constraint
         if not _alike(param.stride(), slot.exp_avg):
             param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
             self._gaps.append((slot.param, param))
-        lower, upper = (-math.inf, math.inf) if not isinstance(record, Box) else (record.lower, record.upper)
-        lower_each, upper_each = self._each(slot, lower), self._each(slot, upper)
+        bounds = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
+        (lower, lower_each), (upper, upper_each) = (self._bound(slot, bound) for bound in bounds)
         self._plan.add(
-            kind=getattr(compiled.StepKind, _kind(slot, record)),
+            kind=getattr(_compiled.StepKind, _kind(slot, record)),
             group=slot.group,
             numel=param.numel(),
             rows=_rows(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1),
@@ -74,27 +82,23 @@ class CpuPlan:
             max_exp_avg_sq=_pointer(slot.max_exp_avg_sq),
             raw=_pointer(slot.raw),
             step=slot.step.data_ptr(),
-            lower=float(lower) if lower_each is None else -math.inf,
-            upper=float(upper) if upper_each is None else math.inf,
-            lower_each=_pointer(lower_each),
-            upper_each=_pointer(upper_each),
+            lower=lower,
+            upper=upper,
+            lower_each=lower_each,
+            upper_each=upper_each,
             total=record.total if isinstance(record, SimplexOf) else 0.0,
         )
 
-    def _each(self, slot: Slot, bound: Bound) -> Tensor | None:
-        """A bound for each element, in the layout of the state; None if one holds for all."""
-        if not isinstance(bound, Tensor) or not any(bound.stride()):
-            return None
+    def _bound(self, slot: Slot, bound: Bound) -> tuple[float, int]:
+        """A bound for all elements, and the address of one for each in the layout of the state; 0 if all share one."""
+        if not isinstance(bound, Tensor):
+            return bound, 0
+        if not any(bound.stride()):
+            return (bound.reshape(-1)[0].item() if bound.numel() else 0.0), 0
         if not _alike(bound.stride(), slot.exp_avg):
             bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
         self._bounds.append(bound)
-        return bound
-
-
-def import_compiled() -> Any:
-    from .. import _C
-
-    return _C
+        return math.nan, bound.data_ptr()
 
 
 def _kind(slot: Slot, record: Record | None) -> str:

@@ -6,7 +6,8 @@ anew when anything else changed: a plan may keep pointers.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from itertools import chain, compress
 from operator import attrgetter, is_, itemgetter
 from typing import Any, NamedTuple, Protocol
@@ -158,9 +159,9 @@ class Prepared:
         if (
             _library._backend is not self.backend
             or list(map(_structure, groups)) != self.structure
-            or not _identical(list(chain.from_iterable(map(_params, groups))), self.all_params)
-            or not _identical(optimizer.state.values(), self.all_states)
-            or not _identical(list(chain.from_iterable(map(dict.values, self.states))), self.state_tensors)
+            or not same_objects(list(chain.from_iterable(map(_params, groups))), self.all_params)
+            or not same_objects(list(optimizer.state.values()), self.all_states)
+            or not same_values(self.states, self.state_tensors)
         ):
             return None
         grads = list(map(_grad, self.all_params))
@@ -208,5 +209,14 @@ class Prepared:
         return sum(map(_version, self.transformed))  # they only ever grow: one sum tells
 
 
-def _identical(some: Collection[Any], others: Collection[Any]) -> bool:
+def _same_objects(some: list[Any], others: list[Any]) -> bool:
     return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _same_values(dicts: list[dict[Any, Any]], objects: list[Any]) -> bool:
+    return _same_objects(list(chain.from_iterable(map(dict.values, dicts))), objects)
+
+
+_compiled: Any = import_module("constrained_ops._C") if _library.has_cpu_library else None
+same_objects: Callable[[list[Any], list[Any]], bool] = getattr(_compiled, "same_objects", _same_objects)
+same_values: Callable[[list[dict[Any, Any]], list[Any]], bool] = getattr(_compiled, "same_values", _same_values)

@@ -3,9 +3,7 @@
 
 #include <algorithm>
 
-#include "../math/adam.h"
 #include "../operands.h"
-#include "../step.h"
 
 namespace constrained_ops {
 
@@ -49,10 +47,8 @@ struct RowUnits {
   int64_t per_outer = 0;      // blocks of neighbouring rows in each outer index; 0: rows are taken as they come
   int64_t count;
 
-  explicit RowUnits(const RowLayout& layout) {
+  RowUnits(const RowLayout& layout, int64_t longest_in_tile) {
     const int64_t length = layout.length, inner = layout.inner;
-    // Where rows fill whole vectors, transposing pays only for the shortest.
-    const int64_t longest_in_tile = inner == 1 && length % 8 == 0 ? 16 : 64;
     way = length <= longest_in_tile ? tiles : inner == 1 ? rows : columns;
     if (way == rows) {
       rows_per_unit = std::clamp<int64_t>(1024 / length, 1, max_rows);
@@ -66,6 +62,16 @@ struct RowUnits {
   }
 };
 
+inline RowUnits softmax_units(const RowLayout& layout) {
+  // Where rows fill whole vectors, transposing pays only for the shortest.
+  return {layout, layout.inner == 1 && layout.length % 8 == 0 ? 16 : 64};
+}
+
+inline RowUnits projection_units(const RowLayout& layout) {
+  // Tiles of rows that lie apart stay in the second-level cache, however often they are read.
+  return {layout, layout.inner == 1 ? 128 : 1024};
+}
+
 enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
 
 struct ProjectionCall {
@@ -76,34 +82,8 @@ struct ProjectionCall {
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 
-// How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
-// passes them several times: a few whole outer indices, or a few neighbouring rows.
-struct StepBlocks {
-  static constexpr int64_t elements = 8192;
-
-  int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
-  int64_t count;
-
-  explicit StepBlocks(const RowLayout& layout) : lanes(layout.inner) {
-    const auto [outer, length, inner] = layout;
-    if (length * inner <= elements) {
-      outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
-      count = (outer + outers - 1) / outers;
-      return;
-    }
-    // A line of cache at least, unless that would be much memory.
-    const int64_t line = 16 * length <= 32 * elements ? 16 : 1;
-    lanes = std::min(inner, std::max(line, elements / length));
-    per_outer = (inner + lanes - 1) / lanes;
-    count = outer * per_outer;
-  }
-};
-
-// Hyperparameters as the formulas want them, for one parameter in one step.
-struct StepNumbers {
-  Adam<double> adam;
-  bool euclidean;
-};
+struct StepSlot;     // csrc/step.h
+struct StepNumbers;  // csrc/cpu/step.h
 // A step over elements [begin, end) of a parameter, or blocks of it if its constraint goes along rows. The gradient
 // lies in memory as the parameter does.
 using StepLoop = void (*)(const StepSlot& slot, const void* grad, const StepNumbers& numbers, int64_t begin,

@@ -4,6 +4,7 @@
 
 #include "../tensors.h"
 #include "levels.h"
+#include "pages.h"
 #include "parallel.h"
 
 namespace constrained_ops {
@@ -25,8 +26,8 @@ void run(const char* op, Projection kernel, const Results& results, std::initial
     ++i;
   }
   i = 0;
-  for (const Tensor* t : outputs) call.outputs[i++] = t->numel() ? t->mutable_data_ptr() : nullptr;
-  const int64_t units = RowUnits(call.layout).count;
+  for (const Tensor* t : outputs) call.outputs[i++] = result_data(*t);
+  const int64_t units = projection_units(call.layout).count;
   const int64_t elements_per_unit = like.numel() / units;
   const ProjectionLoop loop = loops().projection(kernel, storage_dtype(op, **operands.begin()));
   parallel(units, std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_unit)),

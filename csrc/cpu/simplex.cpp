@@ -22,7 +22,7 @@ void run(const char* op, Kernel kernel, std::initializer_list<const Tensor*> ope
   for (const Tensor* t : operands) call.inputs[i++] = t->const_data_ptr();
   i = 0;
   for (const Tensor* t : results) call.outputs[i++] = result_data(*t);
-  const int64_t units = RowUnits(call.layout).count;
+  const int64_t units = softmax_units(call.layout).count;
   const int64_t elements_per_unit = raw.numel() / units;
   const RowLoop loop = loops().softmax(kernel, storage_dtype(op, raw));
   parallel(units, std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_unit)),

@@ -1,6 +1,8 @@
-// The plan of an optimizer's steps on the CPU: made once, run in every step. No torch, no Python.
+// The plan of an optimizer's steps on the CPU, made once and run in every step, and what it tells the loops. No torch,
+// no Python.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -8,6 +10,35 @@
 #include "loops.h"
 
 namespace constrained_ops {
+
+// How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
+// passes them several times: a few whole outer indices, or a few neighbouring rows.
+struct StepBlocks {
+  static constexpr int64_t elements = 8192;
+
+  int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
+  int64_t count;
+
+  explicit StepBlocks(const RowLayout& layout) : lanes(layout.inner) {
+    const auto [outer, length, inner] = layout;
+    if (length * inner <= elements) {
+      outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
+      count = (outer + outers - 1) / outers;
+      return;
+    }
+    // A line of cache at least, unless that would be much memory.
+    const int64_t line = 16 * length <= 32 * elements ? 16 : 1;
+    lanes = std::min(inner, std::max(line, elements / length));
+    per_outer = (inner + lanes - 1) / lanes;
+    count = outer * per_outer;
+  }
+};
+
+// Hyperparameters as the formulas want them, for one parameter in one step.
+struct StepNumbers {
+  Adam<double> adam;
+  bool euclidean;
+};
 
 class StepPlan {
  public:

@@ -38,6 +38,14 @@ CO_HD T projection_bound(T& x, T& weight, S total) {
   }
 }
 
+// a + b rounded, and in `rest` what rounding took from it (Knuth).
+template <typename T>
+CO_HD T two_sum(T a, T b, T& rest) {
+  const T sum = a + b, of_b = sum - a;
+  rest = (a - (sum - of_b)) + (b - of_b);
+  return sum;
+}
+
 // lambda on its way up.
 template <typename T>
 struct Ascent {
@@ -57,19 +65,24 @@ struct Ascent {
             T{} + std::numeric_limits<S>::infinity(), T{} + S(100)};
   }
 
-  // What a reading found on S: the sum of z - lambda u, and that of u. Short of the last step, a step stays behind
-  // by more than the rounding of the sum, lest it should overshoot and leave the support empty.
+  // What a reading found on S: the sum of z - lambda u, and that of u.
   template <typename S>
   CO_HD void step(T sum, T sum_u, S total) {
+    step_by(sum - total, sum_u, total);
+  }
+
+  // The same from the sum less total. Short of the last step, a step stays behind by more than the rounding of the sum,
+  // lest it should overshoot and leave the support empty.
+  template <typename S>
+  CO_HD void step_by(T excess, T sum_u, S total) {
     constexpr S eps = std::numeric_limits<S>::epsilon();
     const T no_number = T{} + std::numeric_limits<S>::quiet_NaN();
-    const T excess = sum - total;
+    const T sum = excess + total;
     const auto unsettled = (excess > 8 * eps * total) & ((sum_u < slope) | (sum > 2 * total)) & (left > S(1));
     const T rise = (unsettled ? excess - 4 * eps * sum : excess) / sum_u;
     const T more = low + (sum_u > S(0) ? rise : no_number);
-    // high + more, and what rounding takes from it (Knuth).
-    const T raised = high + more, added = raised - high;
-    const T rest = (high - (raised - added)) + (more - added);
+    T rest;
+    const T raised = two_sum(high, more, rest);
     const auto going = left > S(0);
     high = going ? raised : high;
     low = going ? rest : low;

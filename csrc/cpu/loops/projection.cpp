@@ -1,101 +1,163 @@
-// The projection onto the simplex along rows of [outer, length, inner], three ways:
-//   short rows   a block of rows is transposed into a tile, whose columns are the rows
-//   inner = 1    one row at a time
-//   inner > 1    blocks of neighbouring rows, whatever their length
+// The projection onto the simplex along rows of [outer, length, inner], three ways; see RowUnits.
 #include <memory>
 
 #include "projection_steps.h"
-#include "transpose.h"
+#include "tiles.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// The kernels as types, for a template argument each. Inputs in the order of RowCall.
+// The kernels as types, for a template argument each, on operands of the compute type; inputs and outputs in the order
+// of ProjectionCall. Results may take their inputs' place: output i that of input `place[i]`.
 template <bool weighted>
 struct ForwardRows {
   static constexpr int inputs = 1 + weighted, outputs = 1;
-  template <typename T, typename Storage>
-  CO_HD static void run(const Steps& steps, const Storage* const* in, Storage* const* out, T total, T* tops) {
-    project<weighted, T>(steps, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, tops);
+  static constexpr int place[] = {0};
+  template <typename T>
+  static void row(int64_t length, const T* const* in, T* const* out, T total, ProjectionScratch& scratch) {
+    project_row<weighted>(length, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
+  }
+  template <typename T>
+  static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T total,
+                      ProjectionScratch& scratch) {
+    project_columns<weighted>(length, stride, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
   }
 };
+
 template <bool weighted, bool to_weight>
 struct BackwardRows {
   static constexpr int inputs = 2 + weighted + to_weight, outputs = 1 + to_weight;
-  template <typename T, typename Storage>
-  CO_HD static void run(const Steps& steps, const Storage* const* in, Storage* const* out, T, T*) {
-    project_backward<weighted, to_weight, T>(steps, in[0], in[1], weighted ? in[1 + weighted] : nullptr,
-                                             to_weight ? in[inputs - 1] : nullptr, out[0],
-                                             to_weight ? out[outputs - 1] : nullptr);
+  static constexpr int place[] = {0, 2};
+  template <typename T>
+  static void row(int64_t length, const T* const* in, T* const* out, T, ProjectionScratch&) {
+    project_row_backward<weighted, to_weight>(length, operands(in, out));
+  }
+  template <typename T>
+  static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T, ProjectionScratch&) {
+    project_columns_backward<weighted, to_weight>(length, stride, operands(in, out));
+  }
+
+ private:
+  template <typename T>
+  static ProjectionGradient<T> operands(const T* const* in, T* const* out) {
+    return {in[0],
+            in[1],
+            weighted ? in[1 + weighted] : nullptr,
+            to_weight ? in[inputs - 1] : nullptr,
+            out[0],
+            to_weight ? out[outputs - 1] : nullptr};
   }
 };
 
 template <typename Rows, typename Storage>
-void run_tiles(const ProjectionCall& call, int64_t begin, int64_t end) {
+void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  const auto [outer, length, inner] = call.layout;
-  const int64_t lanes = RowUnits(call.layout).lanes, apart = length * lanes + 16;
-  const std::unique_ptr<T[]> memory(new T[(Rows::inputs + Rows::outputs) * apart]());
+  const int64_t length = call.layout.length;
+  const Tiles<T> tiles(Rows::inputs, length);
+  ProjectionScratch scratch(length);
   const T* in[Rows::inputs];
   T* out[Rows::outputs];
-  int64_t base[RowUnits::max_lanes];
+  for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
+  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::place[i]) : nullptr;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t row = unit * lanes, n = std::min(lanes, outer * inner - row);
-    for (int64_t l = 0; l < n; ++l) base[l] = (row + l) / inner * length * inner + (row + l) % inner;
-    for (int i = 0; i < Rows::inputs; ++i) {
-      const Storage* from = static_cast<const Storage*>(call.inputs[i]);
-      T* tile = memory.get() + i * apart;
-      if (inner == 1)
-        rows_and_tile(from + base[0], tile, length, lanes, n, true);
-      else
-        for (int64_t k = 0; k < length; ++k)
-          for (int64_t l = 0; l < n; ++l) tile[k * lanes + l] = to_compute(from[base[l] + k * inner]);
-    }
-    for (int64_t first = 0; first < n; first += lanes_of<T>) {
-      for (int i = 0; i < Rows::inputs; ++i) in[i] = memory.get() + i * apart + first;
-      for (int i = 0; i < Rows::outputs; ++i)
-        out[i] = call.outputs[i] ? memory.get() + (Rows::inputs + i) * apart + first : nullptr;
-      Rows::template run<T>(Steps::side_by_side(length, lanes, lanes_of<T>), in, out, T(call.total),
-                            static_cast<T*>(nullptr));
-    }
+    const TileRows rows(call.layout, units, unit);
+    for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
+    Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
+  }
+}
+
+// One row at a time, in place or, where its elements are of 16 bits or apart, in memory of the thread's own.
+template <typename Storage, typename Rows>
+class SingleRows {
+  using T = compute_t<Storage>;
+
+ public:
+  explicit SingleRows(const ProjectionCall& call)
+      : call_(call),
+        stride_(call.layout.inner),
+        in_place_(stride_ == 1 && std::is_same_v<Storage, T>),
+        scratch_(call.layout.length),
+        memory_(new T[in_place_ ? 0 : Rows::inputs * call.layout.length]) {}
+
+  void run(int64_t first) {
+    const int64_t length = call_.layout.length;
+    const T* in[Rows::inputs];
+    T* out[Rows::outputs];
+    for (int i = 0; i < Rows::inputs; ++i) in[i] = input(i, first);
+    for (int i = 0; i < Rows::outputs; ++i) out[i] = output(i, first);
+    Rows::row(length, in, out, T(call_.total), scratch_);
+    if (in_place_) return;
     for (int i = 0; i < Rows::outputs; ++i) {
-      if (!call.outputs[i]) continue;
-      const T* tile = memory.get() + (Rows::inputs + i) * apart;
-      Storage* to = static_cast<Storage*>(call.outputs[i]);
-      if (inner == 1)
-        rows_and_tile(tile, to + base[0], length, lanes, n, false);
-      else
-        for (int64_t k = 0; k < length; ++k)
-          for (int64_t l = 0; l < n; ++l) to[base[l] + k * inner] = to_storage<Storage>(tile[k * lanes + l]);
+      if (!out[i]) continue;
+      Storage* to = static_cast<Storage*>(call_.outputs[i]) + first;
+      for (int64_t k = 0; k < length; ++k) to[k * stride_] = to_storage<Storage>(out[i][k]);
     }
+  }
+
+ private:
+  const T* input(int i, int64_t first) {
+    const Storage* from = static_cast<const Storage*>(call_.inputs[i]) + first;
+    if constexpr (std::is_same_v<Storage, T>)
+      if (in_place_) return from;
+    T* row = memory_.get() + i * call_.layout.length;
+    for (int64_t k = 0; k < call_.layout.length; ++k) row[k] = to_compute(from[k * stride_]);
+    return row;
+  }
+  T* output(int i, int64_t first) {
+    if (!call_.outputs[i]) return nullptr;
+    if constexpr (std::is_same_v<Storage, T>)
+      if (in_place_) return static_cast<T*>(call_.outputs[i]) + first;
+    return memory_.get() + Rows::place[i] * call_.layout.length;
+  }
+
+  const ProjectionCall& call_;
+  const int64_t stride_;
+  const bool in_place_;
+  ProjectionScratch scratch_;
+  const std::unique_ptr<T[]> memory_;
+};
+
+template <typename Rows, typename Storage>
+void run_rows(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  SingleRows<Storage, Rows> rows(call);
+  const int64_t last = std::min(call.layout.outer, end * units.rows_per_unit);
+  for (int64_t row = begin * units.rows_per_unit; row < last; ++row) rows.run(row * call.layout.length);
+}
+
+// Long rows that lie side by side: those that fill no whole unit, or are not of the compute type, one at a time.
+template <typename Rows, typename Storage>
+void run_columns(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const auto [outer, length, inner] = call.layout;
+  SingleRows<Storage, Rows> rows(call);
+  ProjectionScratch scratch(length);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t lane = unit % units.per_outer * units.lanes, count = std::min(units.lanes, inner - lane);
+    const int64_t first = unit / units.per_outer * length * inner + lane;
+    if constexpr (std::is_same_v<Storage, T>) {
+      if (count == units.lanes) {
+        const T* in[Rows::inputs];
+        T* out[Rows::outputs];
+        for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const T*>(call.inputs[i]) + first;
+        for (int i = 0; i < Rows::outputs; ++i)
+          out[i] = call.outputs[i] ? static_cast<T*>(call.outputs[i]) + first : nullptr;
+        Rows::columns(length, inner, in, out, T(call.total), scratch);
+        continue;
+      }
+    }
+    for (int64_t l = 0; l < count; ++l) rows.run(first + l);
   }
 }
 
 template <typename Rows, typename Storage>
 void run(const ProjectionCall& call, int64_t begin, int64_t end) {
-  using T = compute_t<Storage>;
-  const auto [outer, length, inner] = call.layout;
-  const RowUnits units(call.layout);
-  if (units.tiles) return run_tiles<Rows, Storage>(call, begin, end);
-  const Steps along = Steps::along<T>(length);
-  const std::unique_ptr<T[]> tops(new T[blocks_of(along)]);
-  const Storage* in[Rows::inputs];
-  Storage* out[Rows::outputs];
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t lane = unit % units.per_outer * units.lanes;
-    for (int64_t first = lane; first < std::min(inner, lane + units.lanes); first += lanes_of<T>) {
-      const int64_t offset = unit / units.per_outer * length * inner + first;
-      for (int i = 0; i < Rows::inputs; ++i) in[i] = static_cast<const Storage*>(call.inputs[i]) + offset;
-      for (int i = 0; i < Rows::outputs; ++i)
-        out[i] = call.outputs[i] ? static_cast<Storage*>(call.outputs[i]) + offset : nullptr;
-      const int lanes = static_cast<int>(std::min<int64_t>(lanes_of<T>, inner - first));
-      if (inner == 1)
-        Rows::template run<T>(along, in, out, T(call.total), Rows::inputs == 1 ? tops.get() : nullptr);
-      else
-        Rows::template run<T>(Steps::side_by_side(length, inner, lanes), in, out, T(call.total),
-                              static_cast<T*>(nullptr));
-    }
-  }
+  const RowUnits units = projection_units(call.layout);
+  const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
+                    : units.way == RowUnits::rows ? run_rows<Rows, Storage>
+                                                  : run_columns<Rows, Storage>;
+  loop(call, units, begin, end);
 }
 
 template <typename Rows>

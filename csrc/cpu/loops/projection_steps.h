@@ -1,12 +1,21 @@
-// The projection onto the simplex, a vector of numbers at a step. Lanes are rows that lie side by side, or neighbours
-// of one row; which of the two makes a difference only to what is summed or compared along the row.
+// The projection onto the simplex of rows of float or double, and its derivatives; for all loops that need it:
+//
+//   ProjectionScratch scratch(length);  // one for each thread, for rows up to this length
+//   project_row<weighted>(length, x, weight, y, total, scratch);
+//   project_columns<weighted>(length, stride, x, weight, y, total, scratch);
+//
+// A row's elements follow each other in memory. Columns are RowUnits::lanes rows side by side, element k of row l at
+// k * stride + l. weight is null unless weighted; y may be x. A row's result is the same whatever lies beside it.
+//
+// Both run the same code on a group of two vectors at a step: independent work for the processor to interleave. Lanes
+// are neighbours of one row, or rows; which of the two makes a difference only to what is added up along the row.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
 
 #include "../../math/projection.h"
-#include "../../math/storage.h"
 #include "../loops.h"
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments: of functions that are inlined, all of them
@@ -16,195 +25,323 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
+// What the instruction set holds in one register: wider ones are taken apart, comparisons of them number by number.
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
 template <typename T>
 struct VectorOf {
-  typedef T type __attribute__((vector_size(64)));
+  typedef T type __attribute__((vector_size(vector_bytes)));
 };
 template <typename T>
 using Vector = typename VectorOf<T>::type;
 template <typename T>
-constexpr int lanes_of = 64 / sizeof(T);
-
-// The first n numbers from p on, `fill` after them.
-template <typename T, typename Storage>
-CO_HD Vector<T> load(const Storage* p, int n, T fill) {
-  T values[lanes_of<T>];
-  if (n == lanes_of<T>) {
-    for (int l = 0; l < lanes_of<T>; ++l) values[l] = to_compute(p[l]);
-  } else {
-    for (int l = 0; l < lanes_of<T>; ++l) values[l] = l < n ? T(to_compute(p[l])) : fill;
-  }
-  Vector<T> v;
-  std::memcpy(&v, values, sizeof(v));
-  return v;
-}
-
-template <typename T, typename Storage>
-CO_HD void store(Storage* p, int n, Vector<T> v) {
-  T values[lanes_of<T>];
-  std::memcpy(values, &v, sizeof(v));
-  if (n == lanes_of<T>) {
-    for (int l = 0; l < lanes_of<T>; ++l) p[l] = to_storage<Storage>(values[l]);
-  } else {
-    for (int l = 0; l < n; ++l) p[l] = to_storage<Storage>(values[l]);
-  }
-}
-
-constexpr int64_t block_steps = 16;  // steps are added up in T, blocks of them in double
-
-// `count` steps, `stride` numbers apart, of `lanes` numbers each; the last of `last_lanes`.
-struct Steps {
-  bool along_row;
-  int64_t count, stride;
-  int lanes, last_lanes;
-
-  template <typename T>
-  static Steps along(int64_t length) {
-    const int64_t count = (length + lanes_of<T> - 1) / lanes_of<T>;
-    return {true, count, lanes_of<T>, lanes_of<T>, static_cast<int>(length - (count - 1) * lanes_of<T>)};
-  }
-  static Steps side_by_side(int64_t length, int64_t stride, int lanes) { return {false, length, stride, lanes, lanes}; }
-};
-
-// body(step, lanes) for the steps of a block; the number of lanes is a constant where it is the usual one.
-template <typename T, typename Body>
-CO_HD void for_block(const Steps& steps, int64_t block, const Body& body) {
-  const int64_t start = block * block_steps, end = std::min(start + block_steps, steps.count);
-  const bool whole = steps.lanes == lanes_of<T>;
-  const int64_t whole_end = whole && (end < steps.count || steps.last_lanes == lanes_of<T>) ? end : end - 1;
-  if (whole)
-    for (int64_t k = start; k < whole_end; ++k) body(k, lanes_of<T>);
-  else
-    for (int64_t k = start; k < whole_end; ++k) body(k, steps.lanes);
-  if (whole_end < end) body(whole_end, end < steps.count ? steps.lanes : steps.last_lanes);
-}
-
-CO_HD int64_t blocks_of(const Steps& steps) { return (steps.count + block_steps - 1) / block_steps; }
-
-// Sums along the rows, each lane getting that of its row: body(step, lanes, sums) adds to n of them. A block that
-// skip(block) is true of adds nothing.
-template <typename T, int n, typename Skip, typename Body>
-CO_HD void add_up(const Steps& steps, Vector<T> (&sums)[n], const Skip& skip, const Body& body) {
-  for (int i = 0; i < n; ++i) sums[i] = Vector<T>{};
-  if (!steps.along_row && steps.count <= block_steps)
-    return for_block<T>(steps, 0, [&](int64_t k, int lanes) CO_INLINE { body(k, lanes, sums); });
-  double total[n][lanes_of<T>] = {};
-  for (int64_t block = 0; block < blocks_of(steps); ++block) {
-    if (skip(block)) continue;
-    Vector<T> part[n] = {};
-    for_block<T>(steps, block, [&](int64_t k, int lanes) CO_INLINE { body(k, lanes, part); });
-    for (int i = 0; i < n; ++i)
-      for (int l = 0; l < lanes_of<T>; ++l) total[i][l] += part[i][l];
-  }
-  for (int i = 0; i < n; ++i) {
-    double all = 0;
-    for (int l = 0; l < lanes_of<T>; ++l) all += total[i][l];
-    for (int l = 0; l < lanes_of<T>; ++l) sums[i][l] = T(steps.along_row ? all : total[i][l]);
-  }
-}
+constexpr int width = vector_bytes / sizeof(T);
+template <typename T>
+constexpr int group = 2 * width<T>;
 
 template <typename T>
-CO_HD T largest_lane(Vector<T> v) {
-  T values[lanes_of<T>];
-  std::memcpy(values, &v, sizeof(v));
-  for (int half = lanes_of<T> / 2; half > 0; half /= 2)
-    for (int l = 0; l < half; ++l) values[l] = larger_or_nan(values[l], values[l + half]);
+CO_HD Vector<T> load(const T* p) {
+  Vector<T> v;
+  std::memcpy(&v, p, sizeof(v));
+  return v;
+}
+template <typename T>
+CO_HD void store(T* p, Vector<T> v) {
+  std::memcpy(p, &v, sizeof(v));
+}
+
+// All lanes combined, by halves, in a type with more digits if R is one.
+template <typename R, typename T, typename Combine>
+CO_HD R across(Vector<T> v, const Combine& combine) {
+  R values[width<T>];
+  for (int l = 0; l < width<T>; ++l) values[l] = v[l];
+  for (int half = width<T> / 2; half > 0; half /= 2)
+    for (int l = 0; l < half; ++l) values[l] = combine(values[l], values[l + half]);
   return values[0];
 }
 
-// x[, weight] -> y. `tops`: room for a number for each block, or null; blocks that are all below lambda are then
-// passed.
-template <bool weighted, typename T, typename Storage>
-[[gnu::noinline]] void project(const Steps& steps, const Storage* x, const Storage* weight, Storage* y, T total,
-                               T* tops) {
-  using V = Vector<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  const V none = V{} - infinity, one = V{} + T(1);
-  const auto read = [&](int64_t k, int lanes, V& x_k, V& u_k) CO_INLINE {
-    x_k = load<T>(x + k * steps.stride, lanes, -infinity);
-    u_k = weighted ? load<T>(weight + k * steps.stride, lanes, T(1)) : one;
-    return projection_bound<weighted>(x_k, u_k, total);
-  };
-
-  V bound = none;
-  for (int64_t block = 0; block < blocks_of(steps); ++block) {
-    V top = none;
-    for_block<T>(steps, block, [&](int64_t k, int lanes) CO_INLINE {
-      V x_k, u_k;
-      top = larger_or_nan(top, read(k, lanes, x_k, u_k));
-    });
-    if (tops) tops[block] = largest_lane<T>(top);
-    bound = larger_or_nan(bound, top);
-  }
-  if (steps.along_row) bound = V{} + largest_lane<T>(bound);
-
-  auto at = Ascent<V>::template from<weighted>(bound, total);
-  const auto rest_of = [&](int64_t k, int lanes, V& u_k) CO_INLINE {
-    V x_k;
-    read(k, lanes, x_k, u_k);
-    return projection_rest<weighted>(projection_anchored<weighted>(x_k, u_k, at.anchor), u_k, at.high, at.low);
-  };
-  const auto below = [&](int64_t block) CO_INLINE {
-    return tops != nullptr && projection_rest<false>(tops[block] - at.anchor[0], T(1), at.high[0], at.low[0]) <= T(0);
-  };
-  do {
-    V sums[2];
-    add_up<T>(steps, sums, below, [&](int64_t k, int lanes, V(&to)[2]) CO_INLINE {
-      V u_k;
-      const V rest = rest_of(k, lanes, u_k);
-      to[0] += rest > T(0) ? rest : V{};
-      to[1] += rest > T(0) ? u_k : V{};
-    });
-    at.step(sums[0], sums[1], total);
-  } while (largest_lane<T>(at.left) > T(0));
-
-  for (int64_t block = 0; block < blocks_of(steps); ++block) {
-    if (below(block))
-      for_block<T>(steps, block, [&](int64_t k, int lanes) CO_INLINE { store<T>(y + k * steps.stride, lanes, V{}); });
-    else
-      for_block<T>(steps, block, [&](int64_t k, int lanes) CO_INLINE {
-        V u_k;
-        store<T>(y + k * steps.stride, lanes, projection_value(rest_of(k, lanes, u_k)));
-      });
-  }
+// Whether all bits of a comparison are set.
+template <typename Mask>
+CO_HD bool all(Mask mask) {
+  uint64_t words[vector_bytes / 8], together = ~uint64_t(0);
+  std::memcpy(words, &mask, sizeof(mask));
+  for (uint64_t word : words) together &= word;
+  return together == ~uint64_t(0);
 }
 
-// grad_y, y[, weight[, x]] -> grad_x[, grad_weight], of which one may be null if there are two.
-template <bool weighted, bool to_weight, typename T, typename Storage>
-[[gnu::noinline]] void project_backward(const Steps& steps, const Storage* grad_y, const Storage* y,
-                                        const Storage* weight, const Storage* x, Storage* grad_x,
-                                        Storage* grad_weight) {
+// A block is left out as a whole once none of it is of the support.
+template <bool along_row>
+constexpr int64_t block_steps = along_row ? 2 : 16;
+constexpr int64_t steps_per_sum = 64;  // so many are added up plainly, such sums with what rounding takes from them
+
+// The blocks that are not left out.
+class ProjectionScratch {
+ public:
+  explicit ProjectionScratch(int64_t longest_row) : live_(new int32_t[longest_row / smallest_block + 2]) {}
+  int32_t* live() { return live_.get(); }
+
+ private:
+  static constexpr int64_t smallest_block = std::min(group<double> * block_steps<true>, block_steps<false>);
+  const std::unique_ptr<int32_t[]> live_;
+};
+
+// A row, or rows, as blocks of steps. The end of a row that fills no whole step is a block of its own, copied to where
+// numbers that change nothing follow it, and back by finish().
+template <bool along_row, typename T, int inputs, int outputs>
+class Blocks {
+ public:
+  struct Block {
+    const T* in[inputs];
+    T* out[outputs];
+    int64_t steps;
+  };
+
+  // Any pointer may be null. `after`: what follows the end of an input.
+  Blocks(int64_t length, int64_t stride, const T* const (&in)[inputs], T* const (&out)[outputs],
+         const T (&after)[inputs])
+      : stride_(along_row ? group<T> : stride), steps_(along_row ? length / group<T> : length) {
+    rest_ = along_row ? length - steps_ * group<T> : 0;
+    whole_ = (steps_ + block_steps<along_row> - 1) / block_steps<along_row>;
+    std::copy_n(in, inputs, in_);
+    std::copy_n(out, outputs, out_);
+    if (along_row && rest_ > 0) {
+      for (int i = 0; i < inputs; ++i) {
+        std::fill_n(end_in_[i], group<T>, after[i]);
+        if (in[i]) std::copy_n(in[i] + steps_ * stride_, rest_, end_in_[i]);
+      }
+    }
+  }
+
+  int64_t count() const { return whole_ + (rest_ > 0); }
+
+  CO_HD Block operator[](int64_t b) {
+    Block block;
+    const int64_t start = b * block_steps<along_row>;
+    const bool end = along_row && b == whole_;
+    for (int i = 0; i < inputs; ++i) block.in[i] = end ? end_in_[i] : in_[i] + start * stride_;
+    for (int i = 0; i < outputs; ++i) block.out[i] = !out_[i] ? nullptr : end ? end_out_[i] : out_[i] + start * stride_;
+    block.steps = end ? 1 : std::min(block_steps<along_row>, steps_ - start);
+    return block;
+  }
+
+  // body(vector, offset) for the two vectors of each step.
+  template <typename Body>
+  CO_HD void for_each(const Block& block, const Body& body) const {
+    for (int64_t k = 0; k < block.steps; ++k) {
+      body(0, k * stride_);
+      body(1, k * stride_ + width<T>);
+    }
+  }
+
+  void finish() {
+    if (along_row && rest_ > 0)
+      for (int i = 0; i < outputs; ++i)
+        if (out_[i]) std::copy_n(end_out_[i], rest_, out_[i] + steps_ * stride_);
+  }
+
+ private:
+  int64_t stride_, steps_, rest_, whole_;
+  const T* in_[inputs];
+  T* out_[outputs];
+  T end_in_[inputs][group<T>], end_out_[outputs][group<T>];
+};
+
+// Sums of a group: of lanes, or of the row, which every lane gets.
+template <typename T, int n>
+struct Sums {
   using V = Vector<T>;
-  const V one = V{} + T(1);
-  const auto read = [&](int64_t k, int lanes, V& g_k, V& u_k) CO_INLINE {
-    const int64_t i = k * steps.stride;
-    const auto inside = projection_supports(load<T>(y + i, lanes, T(0)));
-    g_k = inside ? load<T>(grad_y + i, lanes, T(0)) : V{};
-    u_k = inside ? (weighted ? T(1) / load<T>(weight + i, lanes, T(1)) : one) : V{};
+  V high[n][2] = {}, low[n][2] = {}, part[n][2] = {};
+
+  // What was added to `part` since the last time.
+  CO_HD void settle() {
+    for (int i = 0; i < n; ++i) {
+      for (int v = 0; v < 2; ++v) {
+        V rest;
+        high[i][v] = two_sum(high[i][v], part[i][v], rest);
+        low[i][v] += rest;
+        part[i][v] = V{};
+      }
+    }
+  }
+
+  template <bool along_row>
+  CO_HD V total(int i, int v) const {
+    if (!along_row) return high[i][v] + low[i][v];
+    const auto add = [](double a, double b) CO_INLINE { return a + b; };
+    return V{} + T(across<double, T>(high[i][0] + high[i][1], add) + across<double, T>(low[i][0] + low[i][1], add));
+  }
+};
+
+template <bool weighted, bool along_row, typename T>
+[[gnu::noinline]] void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total,
+                               int32_t* live) {
+  using V = Vector<T>;
+  constexpr int states = along_row ? 1 : 2;
+  constexpr T infinity = std::numeric_limits<T>::infinity();
+  Blocks<along_row, T, 2, 1> blocks(length, stride, {x, weighted ? weight : x}, {y}, {-infinity, T(1)});
+  using Block = typename Blocks<along_row, T, 2, 1>::Block;
+  const auto larger = [](auto a, auto b) CO_INLINE { return larger_or_nan(a, b); };
+  const auto read = [](const Block& block, int64_t offset, V& x_k, V& u_k) CO_INLINE {
+    x_k = load(block.in[0] + offset);
+    u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
+  };
+
+  V bound[2] = {V{} - infinity, V{} - infinity};
+  int64_t count = blocks.count();
+  for (int64_t b = 0; b < count; ++b) {
+    live[b] = static_cast<int32_t>(b);
+    const Block block = blocks[b];
+    blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
+      V x_k, u_k;
+      read(block, offset, x_k, u_k);
+      bound[v] = larger(bound[v], projection_bound<weighted>(x_k, u_k, total));
+    });
+  }
+  Ascent<V> at[states];
+  if (along_row) bound[0] = V{} + across<T, T>(larger(bound[0], bound[1]), larger);
+  for (int s = 0; s < states; ++s) at[s] = Ascent<V>::template from<weighted>(bound[s], total);
+
+  const auto rest_of = [&](const Block& block, int v, int64_t offset, V& u_k) CO_INLINE {
+    const Ascent<V>& lambda = at[along_row ? 0 : v];
+    V x_k;
+    read(block, offset, x_k, u_k);
+    projection_bound<weighted>(x_k, u_k, total);
+    return projection_rest<weighted>(projection_anchored<weighted>(x_k, u_k, lambda.anchor), u_k, lambda.high,
+                                     lambda.low);
+  };
+  // Where the sum of what is left starts, once for each row: near the root it then has most digits.
+  V start[2] = {V{} - total, V{} - total};
+  if (along_row) start[0] = start[1] = V{}, start[0][0] = -total;
+  bool going;
+  do {
+    Sums<T, 2> sums;
+    for (int v = 0; v < 2; ++v) sums.part[0][v] = start[v];
+    int64_t kept = 0;
+    for (int64_t i = 0; i < count;) {
+      const int64_t end = std::min(count, i + steps_per_sum / block_steps<along_row>);
+      for (; i < end; ++i) {
+        const Block block = blocks[live[i]];
+        auto outside = V{} == V{};
+        blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
+          V u_k;
+          const V rest = rest_of(block, v, offset, u_k);
+          sums.part[0][v] += projection_value(rest);
+          sums.part[1][v] += rest <= V{} ? V{} : u_k;
+          outside &= rest <= V{};
+        });
+        live[kept] = live[i];
+        kept += !all(outside);
+      }
+      sums.settle();
+    }
+    count = kept;
+    going = false;
+    for (int s = 0; s < states; ++s) {
+      at[s].step_by(sums.template total<along_row>(0, s), sums.template total<along_row>(1, s), total);
+      going |= !all(at[s].left == V{});
+    }
+  } while (going);
+
+  for (int64_t b = 0, i = 0; b < blocks.count(); ++b) {
+    const Block block = blocks[b];
+    if (i < count && live[i] == b) {
+      ++i;
+      blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
+        V u_k;
+        store(block.out[0] + offset, projection_value(rest_of(block, v, offset, u_k)));
+      });
+    } else {
+      blocks.for_each(block, [&](int, int64_t offset) CO_INLINE { store(block.out[0] + offset, V{}); });
+    }
+  }
+  blocks.finish();
+}
+
+template <bool weighted, typename T>
+void project_row(int64_t length, const T* x, const T* weight, T* y, T total, ProjectionScratch& scratch) {
+  project<weighted, true>(length, 0, x, weight, y, total, scratch.live());
+}
+
+template <bool weighted, typename T>
+void project_columns(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total,
+                     ProjectionScratch& scratch) {
+  for (int64_t l = 0; l < RowUnits::lanes; l += group<T>)
+    project<weighted, false>(length, stride, x + l, weighted ? weight + l : nullptr, y + l, total, scratch.live());
+}
+
+// Null are: weight unless weighted; x and grad_weight unless to_weight; grad_x where only grad_weight is wanted.
+// Results may take the place of any input.
+template <typename T>
+struct ProjectionGradient {
+  const T *grad_y, *y, *weight, *x;
+  T *grad_x, *grad_weight;
+};
+
+template <bool weighted, bool to_weight, bool along_row, typename T>
+[[gnu::noinline]] void project_backward(int64_t length, int64_t stride, const ProjectionGradient<T>& p) {
+  using V = Vector<T>;
+  using Operands = Blocks<along_row, T, 4, 2>;
+  using Block = typename Operands::Block;
+  Operands blocks(length, stride, {p.grad_y, p.y, weighted ? p.weight : p.y, to_weight ? p.x : p.y},
+                  {p.grad_x, p.grad_weight}, {T(0), T(0), T(1), T(0)});
+  const auto read = [](const Block& block, int64_t offset, V& g_k, V& u_k) CO_INLINE {
+    const auto inside = projection_supports(load(block.in[1] + offset));
+    g_k = inside ? load(block.in[0] + offset) : V{};
+    u_k = inside ? (weighted ? T(1) / load(block.in[2] + offset) : V{} + T(1)) : V{};
     return inside;
   };
-  V sums[2 + to_weight];
-  add_up<T>(
-      steps, sums, [](int64_t) { return false; },
-      [&](int64_t k, int lanes, V(&to)[2 + to_weight]) CO_INLINE {
-        V g_k, u_k;
-        const auto inside = read(k, lanes, g_k, u_k);
-        to[0] += g_k * u_k;
-        to[1] += u_k;
-        if constexpr (to_weight) {
-          const int64_t i = k * steps.stride;
-          to[2] += inside ? load<T>(x + i, lanes, T(0)) - load<T>(y + i, lanes, T(0)) : V{};
-        }
-      });
-  const V mean = sums[0] / sums[1], multiplier = sums[1 + to_weight] / sums[1];
-  for (int64_t block = 0; block < blocks_of(steps); ++block) {
-    for_block<T>(steps, block, [&](int64_t k, int lanes) CO_INLINE {
+
+  Sums<T, 2 + to_weight> sums;
+  constexpr int64_t blocks_per_sum = steps_per_sum / block_steps<along_row>;
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const Block block = blocks[b];
+    blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
       V g_k, u_k;
-      const auto inside = read(k, lanes, g_k, u_k);
-      const V grad = inside ? projection_grad_x(g_k, mean) : V{};
-      if (!to_weight || grad_x) store<T>(grad_x + k * steps.stride, lanes, grad);
-      if (to_weight) store<T>(grad_weight + k * steps.stride, lanes, projection_grad_weight(grad, u_k, multiplier));
+      const auto inside = read(block, offset, g_k, u_k);
+      sums.part[0][v] += g_k * u_k;
+      sums.part[1][v] += u_k;
+      if constexpr (to_weight)
+        sums.part[2][v] += inside ? load(block.in[3] + offset) - load(block.in[1] + offset) : V{};
     });
+    if (b % blocks_per_sum == blocks_per_sum - 1 || b == blocks.count() - 1) sums.settle();
+  }
+  V mean[2], multiplier[2];
+  for (int v = 0; v < 2; ++v) {
+    const V slope = sums.template total<along_row>(1, v);
+    mean[v] = sums.template total<along_row>(0, v) / slope;
+    multiplier[v] = sums.template total<along_row>(1 + to_weight, v) / slope;
+  }
+  for (int64_t b = 0; b < blocks.count(); ++b) {
+    const Block block = blocks[b];
+    blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
+      V g_k, u_k;
+      const auto inside = read(block, offset, g_k, u_k);
+      const V grad = inside ? projection_grad_x(g_k, mean[v]) : V{};
+      if (!to_weight || block.out[0]) store(block.out[0] + offset, grad);
+      if (to_weight) store(block.out[1] + offset, projection_grad_weight(grad, u_k, multiplier[v]));
+    });
+  }
+  blocks.finish();
+}
+
+template <bool weighted, bool to_weight, typename T>
+void project_row_backward(int64_t length, const ProjectionGradient<T>& operands) {
+  project_backward<weighted, to_weight, true>(length, 0, operands);
+}
+
+template <bool weighted, bool to_weight, typename T>
+void project_columns_backward(int64_t length, int64_t stride, const ProjectionGradient<T>& operands) {
+  for (int64_t l = 0; l < RowUnits::lanes; l += group<T>) {
+    const auto at = [=](auto* p) { return p ? p + l : nullptr; };
+    project_backward<weighted, to_weight, false, T>(length, stride,
+                                                    {at(operands.grad_y), at(operands.y), at(operands.weight),
+                                                     at(operands.x), at(operands.grad_x), at(operands.grad_weight)});
   }
 }
 

@@ -9,6 +9,7 @@
 #include "../../math/positive.h"
 #include "../../math/step.h"
 #include "../loops.h"
+#include "../step.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
