@@ -217,14 +217,15 @@ class TablePlan(ABC):
         return bound
 
     def _group(self, hyper: Hyper) -> bytes:
-        lr, lr_at = hyper.lr, 0
+        lr, lr_at = 0.0, 0
         flags = _DECOUPLED * hyper.decoupled | _MAXIMIZE * hyper.maximize | _EUCLIDEAN * (hyper.metric == "euclidean")
-        if isinstance(lr, Tensor):
-            if lr.device == self.device and lr.dtype in (torch.float32, torch.float64):
-                flags |= _LR_IS_DOUBLE * (lr.dtype == torch.float64)
-                lr, lr_at = 0.0, lr.data_ptr()
-            else:
-                lr = lr.item()
+        if not isinstance(hyper.lr, Tensor):
+            lr = hyper.lr
+        elif hyper.lr.device == self.device and hyper.lr.dtype in (torch.float32, torch.float64):
+            lr_at = hyper.lr.data_ptr()
+            flags |= _LR_IS_DOUBLE * (hyper.lr.dtype == torch.float64)
+        else:
+            lr = hyper.lr.item()
         return _GROUP.pack(lr, hyper.beta1, hyper.beta2, hyper.eps, hyper.weight_decay, flags, lr_at, 0)
 
     def _work(self) -> tuple[list[int], list[int]]:
@@ -236,7 +237,8 @@ class TablePlan(ABC):
         vector = THREADS * 16 // self.slots[0].param.element_size()  # one access of 16 bytes for each thread
         total = sum(slot.param.numel() for slot in self.slots)
         size = vector * max(1, math.ceil(total / (vector * WAVES * _processors(self.device))))
-        work, items = [], []
+        work: list[int] = []
+        items = []
         for index, slot in enumerate(self.slots):
             count, each, tile = slot.param.numel(), size, 0
             if isinstance(slot.constraint, SimplexOf):
