@@ -73,7 +73,16 @@ PROJECTION = {
 }
 TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE, "projection": PROJECTION}
 
+# The step of the optimizers (optim/_tables.py), for devices other than the CPU. `param` and `exp_avg` say by example
+# which device and dtypes are meant. What is written beside `progress` stands in the tables as addresses, of which
+# neither dispatcher nor compilers know: a list of a thousand tensors would take the dispatcher longer than the step.
+STEP = (
+    "step(Tensor param, Tensor exp_avg, Tensor slots, Tensor grads, Tensor groups, Tensor work, Tensor(a!) progress, "
+    "Tensor? grad_scale, Tensor? found_inf, int cache) -> ()"
+)
+
 _library = torch.library.Library(NAMESPACE, "DEF")
+_library.define(STEP)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,10 @@ if DEVICE == "cpu":
 
 @pytest.fixture
 def triton_interpreter() -> Iterator[None]:
-    """Triton 3.6's interpreter takes loop ends from one-element arrays, which NumPy 2.4 no longer turns into ints."""
+    """Triton 3.6's interpreter takes loop ends from one-element arrays, which NumPy 2.4 no longer turns into ints.
+
+    It also patches the language anew for each function that a kernel calls, which takes most of its time.
+    """
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
@@ -28,8 +31,22 @@ def triton_interpreter() -> Iterator[None]:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
+    done: set[int] = set()  # modules whose view of the language is patched in the present launch
+
+    def patch_lang(function: Any, original: Callable[..., Any] = interpreter._patch_lang) -> Any:
+        if id(function.__globals__) in done:
+            return None
+        done.add(id(function.__globals__))
+        return original(function)
+
+    def launch(self: Any, *args: Any, original: Any = interpreter.GridExecutor.__call__, **options: Any) -> Any:
+        done.clear()
+        return original(self, *args, **options)
+
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_patch_lang_tensor", patched)
+        patch.setattr(interpreter, "_patch_lang", patch_lang)
+        patch.setattr(interpreter.GridExecutor, "__call__", launch)
         yield
 
 

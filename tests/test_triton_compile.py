@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -37,7 +38,7 @@ def test_compiles_without_spilling_or_approximations(target: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"elementwise_kernel", *(f"softmax_{kernel}_kernel" for kernel in TRANSFORMS["simplex"])}
-    names |= {"projection_forward_kernel", "projection_backward_kernel"}
+    names |= {"projection_forward_kernel", "projection_backward_kernel", "step_kernel"}
     assert {kernel["name"] for kernel in kernels} == names
     assert not [kernel for kernel in kernels if kernel["approximations"]]
     # Reductions may drop NaN, because the sums beside them do not.
@@ -61,6 +62,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     simplex["double_backward"](raw, raw, raw, 1, 3)
     projection["forward.weighted"](raw, raw, 1, 1.0)
     projection["backward.weighted"](raw, raw, raw, raw, 1, 3)
+    every_step(dtype, everything)
     if not everything:
         return
     for bounds in ((0.0, 1.0), (0.0, INF), (-INF, 0.0), (-INF, INF)):
@@ -94,6 +96,26 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         projection["backward"](raw, raw, 1)
         projection["backward.weighted"](raw, None, raw, raw, 1, 1)
         projection["backward.weighted"](raw, raw, raw, raw, 1, 2)
+
+
+def every_step(dtype: torch.dtype, everything: bool) -> None:
+    """The optimizers' step, for plans of all kinds and all shapes of rows."""
+    from test_step import GROUPS, make_slot
+
+    from constrained_ops.optim._tables import KINDS, TritonPlan
+
+    def step(kinds: Iterable[str], shapes: Iterable[tuple[tuple[int, ...], int]], **given: torch.Tensor) -> None:
+        states = (dtype, dtype if everything else compute_dtype(dtype))
+        slots = [make_slot(kind, shape, states, "cpu", dim=dim) for kind in kinds for shape, dim in shapes]
+        TritonPlan(slots).run([torch.empty_like(slot.param) for slot in slots], GROUPS, **given)
+
+    step(["interval"], [((64,), 0)])
+    step(["simplex"], [((4, 100), 1)])
+    if everything:
+        step([kind for kind in KINDS if kind not in ("simplex", "softmax")], [((64,), 0)])
+        given = {"grad_scale": torch.ones(()), "found_inf": torch.zeros(())}
+        step(["simplex", "softmax"], [((2, 2000), 1), ((50, 5), 0)], **given)
+        step(["softmax"], [((4, 100), 1)])
 
 
 def compile_for(target: str) -> None:

@@ -79,7 +79,7 @@ struct BlockGroup {
   int set_bytes;  // one state per warp
   int turn = 0;
 
-  BlockGroup(int threads, int state_bytes) : set_bytes(threads / warp_size * state_bytes) {}
+  CO_HD BlockGroup(int threads, int state_bytes) : set_bytes(threads / warp_size * state_bytes) {}
   size_t shared_bytes() const { return 2 * set_bytes; }
 
   __device__ __forceinline__ int rows() const { return 1; }

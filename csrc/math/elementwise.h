@@ -25,7 +25,7 @@ CO_HD Bounds<compute_t<Storage>> bounds_of_element(compute_t<Storage> lower, com
 // Bounds given once for all elements keep their double precision until here. Rounding them to T is harmless to
 // strictness: the neighbour above the rounded bound lies above the bound itself.
 template <typename Storage>
-Bounds<compute_t<Storage>> bounds_of_scalars(double lower, double upper) {
+CO_HD Bounds<compute_t<Storage>> bounds_of_scalars(double lower, double upper) {
   using T = compute_t<Storage>;
   const double width = upper - lower;
   const T lower_t = static_cast<T>(lower), upper_t = static_cast<T>(upper);

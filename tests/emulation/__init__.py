@@ -117,6 +117,8 @@ def load() -> dict[str, dict[str, Callable[..., Any]]]:
             definitions.define(schema)
             packet = getattr(getattr(torch.ops, NAMESPACE), f"{transform}_{name}")
             table.setdefault(transform, {})[kernel] = getattr(packet, variant or "default")
+    definitions.define(_library.STEP)
+    table["step"] = {"step": getattr(torch.ops, NAMESPACE).step.default}
     torch.ops.load_library(str(library))
     return table
 

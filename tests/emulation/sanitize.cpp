@@ -12,6 +12,7 @@
 #include "../../csrc/cuda/elementwise.cuh"
 #include "../../csrc/cuda/projection.cuh"
 #include "../../csrc/cuda/simplex.cuh"
+#include "../../csrc/cuda/step.cuh"
 #include "../../csrc/math/bounded.h"
 
 using namespace constrained_ops;
@@ -181,6 +182,129 @@ void project(int64_t outer, int64_t length, int64_t inner, int shift = 0) {
   }
 }
 
+// One slot of the optimizers' step, in two work items, and what it should come to: `g` is the gradient to what Adam
+// walks on, `before` that number.
+template <typename Storage>
+struct StepCase {
+  using T = compute_t<Storage>;
+  static constexpr double lr = 0.05, beta1 = 0.9, beta2 = 0.99, eps = 1e-3, count = 4;
+  StepSlot slot{};
+  int64_t n;
+  float step = count - 1;
+  Memory<Storage> param, grad;
+  Memory<T> raw, m, v, lower, upper;
+  std::vector<double> x0, raw0, m0, v0;
+
+  StepCase(StepKind kind, RowLayout rows, int shift)
+      : n(rows.outer * rows.length * rows.inner),
+        param(n, shift),
+        grad(n, shift),
+        raw(n, shift),
+        m(n, shift),
+        v(n, shift),
+        lower(n, shift),
+        upper(n, shift) {
+    for (int64_t i = 0; i < n; ++i) {
+      v.data[i] = T(0.1) + std::abs(v.data[i]);
+      lower.data[i] = T(-1 - i % 3);
+      upper.data[i] = T(1 + i % 2);
+      if (kind == StepKind::simplex) param.data[i] = to_storage<Storage>(T(1.0 / rows.length));
+      x0.push_back(param[i]);
+      raw0.push_back(raw[i]);
+      m0.push_back(m[i]);
+      v0.push_back(v[i]);
+    }
+    const bool each = step_by_element(kind);
+    slot = {kind,
+            0,
+            n,
+            rows,
+            param.data,
+            m.data,
+            v.data,
+            nullptr,
+            raw.data,
+            &step,
+            each ? lower.data : nullptr,
+            each ? upper.data : nullptr,
+            -1,
+            2,
+            1};
+  }
+
+  void run(int cache) {
+    const bool rows = step_along_rows(slot.kind);
+    const int64_t units = rows ? n / slot.rows.length : n, first = rows ? (units + 1) / 2 : units / 1024 * 1024;
+    const StepWork work[] = {{0, 0, first, 0}, {0, first, units, 0}};
+    const StepGroup group{lr, beta1, beta2, eps, 0, 0, nullptr, 0};
+    const void* const grads[] = {grad.data};
+    StepProgress progress{0, 2};
+    launch_step<Storage, T>(queue, {&slot, grads, &group, work, &progress, nullptr, nullptr, cache}, 2);
+    if (progress.started != 0 || step != count) expect("counter", 0, step, -1);
+  }
+
+  double metric(int64_t i, double g) const {
+    return std::sqrt((beta2 * v0[i] + (1 - beta2) * g * g) / (1 - std::pow(beta2, count))) + eps;
+  }
+  double target(int64_t i, double g, double before, double d) const {
+    return before - lr / (1 - std::pow(beta1, count)) * (beta1 * m0[i] + (1 - beta1) * g) / d;
+  }
+};
+
+template <typename Storage>
+void step_elements_of(StepKind kind, int64_t n, int shift) {
+  StepCase<Storage> c(kind, {1, n, 1}, shift);
+  c.run(0);
+  for (int64_t i = 0; i < n; ++i) {
+    if (kind == StepKind::bounded_by_element) {
+      const double s = sigmoid(c.raw0[i]), width = c.upper[i] - c.lower[i], g = c.grad[i] * width * s * (1 - s);
+      const double y = c.target(i, g, c.raw0[i], c.metric(i, g));
+      expect("step on raw", i, c.raw.data[i], y);
+      expect("step, transformed", i, c.param.data[i], c.lower[i] + width * sigmoid(y));
+    } else {
+      const double y = c.target(i, c.grad[i], c.x0[i], c.metric(i, c.grad[i]));
+      expect("step in a box", i, c.param.data[i], std::min(2.0, std::max(-1.0, y)));
+    }
+  }
+}
+
+template <typename Storage>
+void step_rows_of(StepKind kind, const RowLayout& rows, int cache, int shift = 0) {
+  StepCase<Storage> c(kind, rows, shift);
+  c.run(cache);
+  for (int64_t row = 0; row < rows.outer * rows.inner; ++row) {
+    const int64_t first = row / rows.inner * rows.length * rows.inner + row % rows.inner;
+    const auto at = [&](int64_t k) { return first + k * rows.inner; };
+    double largest = 0, sum = 0, slope = 0, weights = 0, mean = 0;
+    for (int64_t k = 0; k < rows.length; ++k) largest = std::max(largest, c.metric(at(k), c.grad[at(k)]));
+    for (int64_t k = 0; k < rows.length; ++k) {
+      weights += std::exp(c.raw0[at(k)]);
+      mean += std::exp(c.raw0[at(k)]) * c.grad[at(k)];
+    }
+    const auto d = [&](int64_t i) { return std::max(c.metric(i, c.grad[i]), 1e-3 * largest); };
+    const auto y = [&](int64_t i) {
+      if (kind == StepKind::simplex) return c.target(i, c.grad[i], c.x0[i], d(i));
+      const double g = std::exp(c.raw0[i]) / weights * (c.grad[i] - mean / weights);
+      return c.target(i, g, c.raw0[i], c.metric(i, g));
+    };
+    for (int64_t k = 0; k < rows.length; ++k) {
+      const int64_t i = at(k);
+      if (kind == StepKind::softmax) sum += std::exp(y(i));
+      if (kind == StepKind::softmax || c.param[i] == 0) continue;
+      sum += y(i);
+      slope += 1 / d(i);
+    }
+    for (int64_t k = 0; k < rows.length; ++k) {
+      const int64_t i = at(k);
+      if (kind == StepKind::softmax) {
+        expect("step through the softmax", i, c.param.data[i], std::exp(y(i)) / sum);
+      } else {
+        expect("step and projection", i, c.param.data[i], std::max(0.0, y(i) - (sum - 1) / slope / d(i)));
+      }
+    }
+  }
+}
+
 // Every way in which threads share memory: a block per row, columns, and both in parts.
 template <typename Storage>
 void sharing_kernels() {
@@ -190,6 +314,12 @@ void sharing_kernels() {
     rows(2, 70, 5, 0);
     rows(1, 16500, 1, 0);
     rows(1, 1100, 9, 0);
+  }
+  for (const StepKind kind : {StepKind::simplex, StepKind::softmax}) {
+    step_rows_of<Storage>(kind, {2, 300, 1}, 2);
+    step_rows_of<Storage>(kind, {2, 1000, 1}, 0);
+    step_rows_of<Storage>(kind, {2, 50, 5}, 7);
+    step_rows_of<Storage>(kind, {1, 90, 40}, 0);
   }
 }
 
@@ -206,6 +336,18 @@ void other_kernels() {
   }
   softmax<Storage>(2, 17, 3);
   project<Storage>(2, 17, 3);
+  for (const int shift : {0, 1}) {
+    for (const int64_t n : {1, 7, 2051}) {
+      step_elements_of<Storage>(StepKind::box, n, shift);
+      step_elements_of<Storage>(StepKind::bounded_by_element, n, shift);
+    }
+    for (const StepKind kind : {StepKind::simplex, StepKind::softmax}) {
+      for (const int cache : {0, 6}) {
+        step_rows_of<Storage>(kind, {5, 3, 1}, cache, shift);
+        step_rows_of<Storage>(kind, {3, 33, 1}, cache, shift);
+      }
+    }
+  }
 }
 
 }  // namespace

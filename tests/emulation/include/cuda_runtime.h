@@ -88,6 +88,10 @@ inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
 
+inline int atomicAdd(int* p, int value) { return __atomic_fetch_add(p, value, __ATOMIC_RELAXED); }
+
+inline void __threadfence() {}  // blocks run one after the other
+
 // --- The part of the runtime that launch.cuh uses --------------------------------------------------------------------
 
 using cudaStream_t = void*;
