@@ -190,7 +190,7 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
   const auto metric = slot.max_exp_avg_sq ? metric_loop<true, T> : metric_loop<false, T>;
   for (int64_t index = begin; index < end; ++index) {
     const StepBlock block(slot.rows, blocks, index);
-    const int64_t units = projection_units(block.local).count, n = block.numel();
+    const int64_t units = projection_units(block.local, true).count, n = block.numel();
     Storage* param = static_cast<Storage*>(slot.param);
     const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
     T* x = block.open(param, scratch.at(1));
