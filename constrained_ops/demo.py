@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributions import constraints
 
 import constrained_ops as co
 
@@ -61,20 +62,34 @@ def _transform_road(simplex: Callable[[Tensor], Tensor], bounded: Callable[[Tens
     return make
 
 
+def _optimizer_road(optimizer: Any) -> Any:
+    """W and H themselves are the leaves."""
+
+    def make(raw_w: Tensor, raw_h: Tensor) -> Model:
+        leaves = [co.simplex(raw_w).requires_grad_(), co.bounded(raw_h, 0.0, BRIGHTEST).requires_grad_()]
+        sets = constraints.simplex, constraints.interval(0.0, BRIGHTEST)
+        groups = [{"params": [leaf], "constraint": each} for leaf, each in zip(leaves, sets, strict=True)]
+        return Model(leaves, optimizer(groups, lr=LEARNING_RATE), lambda: (leaves[0], leaves[1]))
+
+    return make
+
+
 ROADS = [
     Road(
         "PyTorch",
         _transform_road(lambda raw: torch.softmax(raw, -1), lambda raw: BRIGHTEST * torch.sigmoid(raw)),
         strict=False,  # its sigmoid rounds to 1 as soon as raw exceeds 16.6
     ),
-    Road("constrained_ops", _transform_road(co.simplex, lambda raw: co.bounded(raw, 0.0, BRIGHTEST))),
+    Road("transforms", _transform_road(co.simplex, lambda raw: co.bounded(raw, 0.0, BRIGHTEST))),
+    Road("ReparametrizedAdam", _optimizer_road(co.optim.ReparametrizedAdam)),
+    Road("ProjectedAdam", _optimizer_road(co.optim.ProjectedAdam), follows_first=False, strict=False),
 ]
 
 
 class Training:
     """One road under way; at the end its line in the table. Times are medians, in seconds."""
 
-    step_time = transform_time = difference = math.nan
+    step_time = own_time = difference = math.nan
 
     def __init__(self, road: Road, images: Tensor, start: Sequence[Tensor], steps: int) -> None:
         self.road, self.images = road, images
@@ -100,11 +115,12 @@ class Training:
             self.losses[self.done] = loss.detach()
             self.done += 1
 
-    def transform(self, times: int) -> None:
-        """The transforms' share of a step: forward, and backward from fixed gradients."""
+    def own_share(self, times: int) -> None:
+        """A step without the model: transforms, forward and backward from fixed gradients, and the optimizer."""
         for _ in range(times):
             self.model.optimizer.zero_grad()
             torch.autograd.backward(self.model.constrain(), self.upstream)
+            self.model.optimizer.step()
 
     def check(self) -> None:
         w, h = (x.cpu() for x in self.constrained())
@@ -160,8 +176,12 @@ def train(images: Tensor, archetypes: int, steps: int, seed: int) -> list[Traini
     for road in ROADS:  # warm-up, thrown away
         training = Training(road, images, start, BLOCK)
         training.learn(BLOCK)
-        training.transform(BLOCK)
+        training.own_share(BLOCK)
     trainings = [Training(road, images, start, steps) for road in ROADS]
+    still = [Training(road, images, start, 0) for road in ROADS]  # to measure on, and not to learn
+    for t in still:
+        for group in t.model.optimizer.param_groups:
+            group["lr"] = 0.0
     with tqdm(total=steps * len(ROADS), unit=" steps", desc="learning") as bar:
 
         def report(i: int, block: int) -> None:
@@ -170,22 +190,22 @@ def train(images: Tensor, archetypes: int, steps: int, seed: int) -> list[Traini
                 bar.set_postfix(loss=f"{float(trainings[i].losses[trainings[i].done - 1]):.4f}", refresh=False)
                 bar.update(block)
 
-        works = [t.learn for t in trainings] + [t.transform for t in trainings]
+        works = [t.learn for t in trainings] + [t.own_share for t in still]
         medians = _take_turns(works, steps, images.device, report)
     first = trainings[0].losses.cpu().double()
     for i, t in enumerate(trainings):
-        t.step_time, t.transform_time = medians[i], medians[i + len(trainings)]
+        t.step_time, t.own_time = medians[i], medians[i + len(trainings)]
         t.difference = float(((t.losses.cpu().double() - first) / first).abs().max())
     return trainings
 
 
 def table(trainings: Sequence[Training]) -> str:
-    rows = [("", "final loss", "time per step", "speed", "transforms alone", "speed")]
+    rows = [("", "final loss", "time per step", "speed", "without the model", "speed")]
     base = trainings[0]
     for t in trainings:
         step = f"{t.step_time * 1e6:.1f} us", f"{base.step_time / t.step_time:.2f}x"
-        transforms = f"{t.transform_time * 1e6:.1f} us", f"{base.transform_time / t.transform_time:.2f}x"
-        rows.append((t.road.name, f"{float(t.losses[-1]):.6f}", *step, *transforms))
+        own = f"{t.own_time * 1e6:.1f} us", f"{base.own_time / t.own_time:.2f}x"
+        rows.append((t.road.name, f"{float(t.losses[-1]):.6f}", *step, *own))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
@@ -221,24 +241,29 @@ def draw(trainings: Sequence[Training], labels: Tensor, path: Path) -> None:
     style: Any = {"font.size": 15, "axes.titlesize": 17, "axes.titlepad": 12, "axes.titlelocation": "left"}
     style |= {"axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#777777"}
     with matplotlib.rc_context(style):
-        figure = Figure(figsize=(16, 7), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
+        figure = Figure(figsize=(17, 8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.2, h_pad=0.15))
         figure.suptitle(f"{n} handwritten digits as mixtures of {k} learnt archetypes", fontsize=21)
-        grid = figure.add_gridspec(2, 3, width_ratios=(1.1, 0.85, 1))
+        grid = figure.add_gridspec(2, 3, width_ratios=(1.1, 1, 1))
 
-        curves = figure.add_subplot(grid[:, 0], title="Mean squared error", xlabel="step", xscale="log", yscale="log")
-        gap = 3 * max(1, len(trainings) - 2)  # where curves coincide, the dashes of one show in the gaps of another
-        for i, t in enumerate(trainings):
-            pen: Any = {"lw": 2.4, "ls": (3 * i, (3, gap))} if i else {"lw": 9, "solid_capstyle": "round"}
-            steps = range(1, t.done + 1)
-            curves.plot(steps, t.losses.cpu().numpy(), color=colours[i % 4], label=names[i], **pen)
-        curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        curves.yaxis.set_minor_formatter(NullFormatter())
-        for axis in curves.xaxis, curves.yaxis:
-            axis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        curves.legend(frameon=False, loc="lower left")
+        for row, unit in enumerate(("step", "seconds")):
+            curves = figure.add_subplot(grid[row, 0], xlabel=unit, xscale="log", yscale="log")
+            for i, t in enumerate(trainings):
+                # Where curves coincide, the dashes of one show in the gaps of another.
+                pen: Any = {"lw": 2.4, "ls": (3 * i, (3, 3 * (len(trainings) - 2)))} if row == 0 and i else {"lw": 2.4}
+                if row == 0 and i == 0:
+                    pen = {"lw": 9, "solid_capstyle": "round"}
+                places = torch.arange(1, t.done + 1) * (t.step_time if row else 1)
+                curves.plot(places.numpy(), t.losses.cpu().numpy(), color=colours[i % 4], label=names[i], **pen)
+            curves.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            curves.yaxis.set_minor_formatter(NullFormatter())
+            for axis in curves.xaxis, curves.yaxis:
+                axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            if row == 0:
+                curves.set_title("Mean squared error")
+                curves.legend(frameon=False, loc="lower left", fontsize=13)
 
-        panels = [[t.step_time for t in trainings], [t.transform_time for t in trainings]]
-        for row, (title, seconds) in enumerate(zip(("Time per step", "Transforms alone"), panels, strict=True)):
+        panels = [[t.step_time for t in trainings], [t.own_time for t in trainings]]
+        for row, (title, seconds) in enumerate(zip(("Time per step", "... without the model"), panels, strict=True)):
             bars = figure.add_subplot(grid[row, 1], title=f"{title} ({machine})")
             texts = [f" {1e6 * s:.0f} µs" + (f"  ({seconds[0] / s:.2f}x)" if i else "") for i, s in enumerate(seconds)]
             bars.bar_label(bars.barh(names, seconds, color=colours, height=0.6), texts)
@@ -303,7 +328,7 @@ def _picture(text: str) -> Path:
 
 
 def add_parser(commands: Any) -> None:
-    summary = "archetypes of handwritten digits, learnt with PyTorch's transforms and with ours"
+    summary = "archetypes of handwritten digits, learnt on four roads: PyTorch's transforms, ours, and two optimizers"
     parser = commands.add_parser("demo", help=summary, description=summary)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--steps", type=_count, default=4000, help="of each road (%(default)s)")

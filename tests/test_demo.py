@@ -35,7 +35,7 @@ def test_roads_agree(tmp_path, capsys):
     cell = r"\s+([\d.]+)"
     first, ours = (
         [float(cell_) for cell_ in re.search(rf"^{name}{cell}{cell} us{cell}x{cell} us{cell}x$", out, re.M).groups()]
-        for name in ("PyTorch", "constrained_ops")
+        for name in ("PyTorch", "ReparametrizedAdam")
     )
     assert first[0] == pytest.approx(ours[0], rel=demo.TOLERANCE)
     assert first[2] == first[4] == 1
@@ -53,7 +53,7 @@ def test_roads_agree(tmp_path, capsys):
 def test_learns(tmp_path, capsys):
     def final_loss(steps: str) -> float:
         assert run(tmp_path / "digits.png", "--steps", steps) == 0
-        return float(re.search(r"^constrained_ops\s+([\d.]+)", capsys.readouterr().out, re.M).group(1))
+        return float(re.search(r"^ProjectedAdam\s+([\d.]+)", capsys.readouterr().out, re.M).group(1))
 
     assert final_loss("200") < 0.5 * final_loss("1")
 

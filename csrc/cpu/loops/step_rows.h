@@ -174,9 +174,9 @@ template <typename T>
 
 template <typename T>
 [[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, const T* __restrict d,
-                                   T* __restrict x) {
+                                   const T* __restrict x, T* __restrict y) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) x[i] = adam_target(adam, x[i], m[i], d[i]);
+  for (int64_t i = 0; i < n; ++i) y[i] = adam_target(adam, x[i], m[i], d[i]);
 }
 
 template <typename Storage, typename State>
@@ -184,7 +184,7 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
   using T = compute_t<Storage>;
   const StepBlocks blocks(slot.rows);
   const auto adam = numbers.adam.as<T>();
-  const StepScratch<T> scratch(slot, blocks, 7);
+  const StepScratch<T> scratch(slot, blocks, 8);
   const auto project =
       projection_loop(numbers.euclidean ? Projection::forward : Projection::forward_weighted, dtype_of<T>);
   const auto metric = slot.max_exp_avg_sq ? metric_loop<true, T> : metric_loop<false, T>;
@@ -193,10 +193,11 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
     const int64_t units = projection_units(block.local, true).count, n = block.numel();
     Storage* param = static_cast<Storage*>(slot.param);
     const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
-    T* x = block.open(param, scratch.at(1));
+    T *x = block.open(param, scratch.at(1)), *y = scratch.at(7);  // a projection does not work in place
     if (numbers.euclidean) {
-      step_block<State>(slot, adam, block, grad, x);
-      project(ProjectionCall{block.local, {x}, {x}, slot.total}, 0, units);
+      std::copy_n(x, n, y);
+      step_block<State>(slot, adam, block, grad, y);
+      project(ProjectionCall{block.local, {y}, {x}, slot.total}, 0, units);
     } else {
       State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
             *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
@@ -204,11 +205,11 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
         *largest_v = max_exp_avg_sq ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr, *d = scratch.at(5);
       metric(adam, n, grad, x, m, v, largest_v, d);
       floor_metric(block.local, d, scratch.at(6));
-      target_loop(adam, n, m, d, x);
+      target_loop(adam, n, m, d, x, y);
       block.close(exp_avg, m);
       block.close(exp_avg_sq, v);
       if (max_exp_avg_sq) block.close(max_exp_avg_sq, largest_v);
-      project(ProjectionCall{block.local, {x, d}, {x}, slot.total}, 0, units);
+      project(ProjectionCall{block.local, {y, d}, {x}, slot.total}, 0, units);
     }
     block.close(param, x);
   }
