@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from . import bench_bounded, bench_positive, bench_simplex, harness
+from . import bench_bounded, bench_positive, bench_simplex, bench_steps, harness
 
-JOBS = {job.name: job for bench in (bench_bounded, bench_positive, bench_simplex) for job in bench.JOBS}
+JOBS = {job.name: job for bench in (bench_bounded, bench_positive, bench_simplex, bench_steps) for job in bench.JOBS}
 
 
 def _count(text: str) -> int:

@@ -61,6 +61,9 @@ class Job:
         moderate = [shape for shape in self.shapes if math.prod(shape) <= QUICK_LARGEST]
         return moderate[:1] + moderate[1:][-1:] if quick else list(self.shapes)
 
+    def steps(self, shape: Shape, device: str, with_compile: bool) -> dict[str, Step]:
+        return steps_of(self, shape, device, with_compile)
+
 
 class Timing(NamedTuple):
     """Seconds per step."""
@@ -106,6 +109,11 @@ def copy_step(job: Job, like: Tensor) -> Step:
     return step
 
 
+def assert_close(who: str, got: Tensor, want: Tensor) -> None:
+    atol = 1e-6 * float(want.abs().max())
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=atol, msg=lambda text: who + text)
+
+
 def assert_agreement(job: Job, steps: Mapping[str, Step], leaves: list[Tensor]) -> None:
     """Values and gradients of all peers are the reference's, to rounding."""
 
@@ -116,8 +124,7 @@ def assert_agreement(job: Job, steps: Mapping[str, Step], leaves: list[Tensor]) 
     for peer, step in steps.items():
         who = f"{job.name} {tuple(leaves[0].shape)}: {peer} and {job.reference} differ\n"
         for got, want in zip(results(step), wanted, strict=True):
-            atol = 1e-6 * float(want.abs().max())
-            torch.testing.assert_close(got, want, rtol=1e-4, atol=atol, msg=lambda text, who=who: who + text)
+            assert_close(who, got, want)
 
 
 def steps_of(job: Job, shape: Shape, device: str, with_compile: bool) -> dict[str, Step]:
@@ -235,7 +242,7 @@ def run(jobs: Sequence[Job], device: str, quick: bool, with_compile: bool, file:
     cases = [(job, shape) for job in jobs for shape in job.chosen_shapes(quick)]
     writer = headed = None
     for job, shape in progress(cases):
-        timings = measure(steps_of(job, shape, device, with_compile), device, rounds)
+        timings = measure(job.steps(shape, device, with_compile), device, rounds)
         if headed is not job:
             say(f"\n{job.name}: {job.about}\n{HEADING}")
             headed = job

@@ -43,3 +43,15 @@ def test_peers_that_differ_are_not_timed(benchmarks):
     job = harness.Job("wrong", "", shapes=[(8,)], peers=wrong, moved=(2, 3))
     with pytest.raises(AssertionError, match=r"wrong \(8,\): constrained_ops and eager differ"):
         harness.steps_of(job, (8,), "cpu", with_compile=False)
+
+
+def test_steps_of_all_peers_agree_and_a_wrong_one_is_found(benchmarks):
+    bench_steps, harness = import_module("benchmarks.bench_steps"), import_module("benchmarks.harness")
+    for job in bench_steps.JOBS:
+        steps = job.steps((6, 8), "cpu", with_compile=False)
+        assert list(steps)[-2:] == ["constrained_ops", "copy_"] and len(steps) >= 3
+    peers = {"Adam": bench_steps.adam_and(lambda *_: None), **bench_steps.box_peers(None, -1.0, 0.25)}
+    wrong = bench_steps.StepJob("wrong", "", [(8,)], peers, moved=(7,))
+    with pytest.raises(AssertionError, match=r"wrong \(8,\): fused, clamp_ and Adam differ"):
+        wrong.steps((8,), "cpu", with_compile=False)
+    assert harness.OURS in peers

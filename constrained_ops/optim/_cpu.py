@@ -26,7 +26,9 @@ class CpuPlan:
         self._plan = _compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
         self._slots = slots
         self._params = [slot.param for slot in slots]
-        self._bounds: list[Tensor] = []  # kept alive
+        # Memory stays in being where somebody puts other memory behind a tensor of the state.
+        self._memory = [t.untyped_storage() for slot in slots for t in slot if isinstance(t, Tensor)]
+        self._bounds: list[Tensor] = []
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:

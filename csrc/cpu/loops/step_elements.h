@@ -1,5 +1,5 @@
 // A step element by element: operands come in chunks of the compute type that fit the first-level cache, in place where
-// memory has that type, and one vector loop per kind goes over them. Memory is passed once.
+// memory has that type, and vector loops go over them. Memory is passed once.
 #pragma once
 
 #include <algorithm>
@@ -8,8 +8,8 @@
 #include "../../math/bounded.h"
 #include "../../math/positive.h"
 #include "../../math/step.h"
-#include "../loops.h"
 #include "../step.h"
+#include "elementwise.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -26,22 +26,18 @@ struct StepChunk {
   const T *lower, *upper;  // by element
 };
 
-// Storage tells the innermost neighbours of bounds by element.
-template <typename Storage, typename Hook, bool amsgrad, typename T>
-[[gnu::noinline]] void step_loop_over(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
-                                      T* __restrict x, T* __restrict raw, T* __restrict m, T* __restrict v,
-                                      T* __restrict largest_v, const T* __restrict lower, const T* __restrict upper) {
+// Adam on y, which is the parameter, or raw.
+template <typename Hook, bool amsgrad, typename T>
+[[gnu::noinline]] void adam_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
+                                 T* __restrict y, T* __restrict m, T* __restrict v, T* __restrict largest_v,
+                                 const T* __restrict lower, const T* __restrict upper) {
   const auto element = [&](int64_t i) __attribute__((always_inline)) {
     Bounds<T> bounds = scalars;
-    if constexpr (Hook::by_element && Hook::on_raw)
-      bounds = bounds_of_element<Storage>(lower[i], upper[i]);
-    else if constexpr (Hook::by_element)
-      bounds.lower = lower[i], bounds.upper = upper[i];
+    if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
     Moments<T> moments{m[i], v[i], T(0)};
     if constexpr (amsgrad) moments.largest_v = largest_v[i];
-    T y = Hook::on_raw ? raw[i] : x[i];
-    x[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], y, moments);
-    if constexpr (Hook::on_raw) raw[i] = y;
+    T walks = y[i];
+    y[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
     m[i] = moments.m;
     v[i] = moments.v;
     if constexpr (amsgrad) largest_v[i] = moments.largest_v;
@@ -59,41 +55,54 @@ template <typename Storage, typename Hook, bool amsgrad, typename T>
 template <typename T>
 using StepChunkLoop = void (*)(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at);
 
-template <typename Storage, typename Hook, bool amsgrad, typename T>
-void step_chunk_loop(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
-  step_loop_over<Storage, Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.raw, at.m, at.v, at.largest_v, at.lower,
-                                         at.upper);
+template <typename Hook, bool amsgrad, typename T>
+void step_on_param(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
+  adam_loop<Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.m, at.v, at.largest_v, at.lower, at.upper);
+}
+
+// Derivative, Adam and transform one after the other: as one loop they are a chain of dependent operations too long
+// for a processor to overlap with the next. Storage tells the innermost neighbours of bounds by element.
+template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
+void step_on_raw(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
+  alignas(64) T grad_raw[step_chunk];
+  const T *backward_in[4] = {at.raw, at.grad}, *forward_in[] = {at.raw, at.lower, at.upper};
+  if constexpr (by_element) backward_in[1] = at.lower, backward_in[2] = at.upper, backward_in[3] = at.grad;
+  T* const backward_out[] = {grad_raw};
+  T* const forward_out[] = {at.x};
+  Loop<Storage, Backward<false, false>, Map, by_element>::run(backward_in, backward_out, scalars, n);
+  adam_loop<NoConstraint, amsgrad>(adam, scalars, n, grad_raw, at.raw, at.m, at.v, at.largest_v, at.lower, at.upper);
+  Loop<Storage, Forward<false>, Map, by_element>::run(forward_in, forward_out, scalars, n);
 }
 
 template <typename Storage, bool amsgrad>
-StepChunkLoop<compute_t<Storage>> pick_hook(StepKind kind, bool finite_bounds) {
+StepChunkLoop<compute_t<Storage>> pick_kind(StepKind kind, bool finite_bounds) {
   using T = compute_t<Storage>;
   switch (kind) {
     case StepKind::box:
-      return step_chunk_loop<T, Projected<false>, amsgrad, T>;
+      return step_on_param<Projected<false>, amsgrad, T>;
     case StepKind::box_by_element:
-      return step_chunk_loop<T, Projected<true>, amsgrad, T>;
+      return step_on_param<Projected<true>, amsgrad, T>;
     case StepKind::interval:
-      return step_chunk_loop<T, OnRaw<Interval, false>, amsgrad, T>;
+      return step_on_raw<T, Interval, false, amsgrad, T>;
     case StepKind::lower_only:
-      return step_chunk_loop<T, OnRaw<LowerOnly, false>, amsgrad, T>;
+      return step_on_raw<T, LowerOnly, false, amsgrad, T>;
     case StepKind::upper_only:
-      return step_chunk_loop<T, OnRaw<UpperOnly, false>, amsgrad, T>;
+      return step_on_raw<T, UpperOnly, false, amsgrad, T>;
     case StepKind::bounded_by_element:
-      return finite_bounds ? step_chunk_loop<Storage, OnRaw<Interval, true>, amsgrad, T>
-                           : step_chunk_loop<Storage, OnRaw<ByElement, true>, amsgrad, T>;
+      return finite_bounds ? step_on_raw<Storage, Interval, true, amsgrad, T>
+                           : step_on_raw<Storage, ByElement, true, amsgrad, T>;
     case StepKind::exponential:
-      return step_chunk_loop<T, OnRaw<Exponential, false>, amsgrad, T>;
+      return step_on_raw<T, Exponential, false, amsgrad, T>;
     case StepKind::exponential_by_element:
-      return step_chunk_loop<Storage, OnRaw<Exponential, true>, amsgrad, T>;
+      return step_on_raw<Storage, Exponential, true, amsgrad, T>;
     default:
-      return step_chunk_loop<T, NoConstraint, amsgrad, T>;
+      return step_on_param<NoConstraint, amsgrad, T>;
   }
 }
 
 template <typename Storage>
 StepChunkLoop<compute_t<Storage>> pick_step(StepKind kind, bool amsgrad, bool finite_bounds = false) {
-  return amsgrad ? pick_hook<Storage, true>(kind, finite_bounds) : pick_hook<Storage, false>(kind, finite_bounds);
+  return amsgrad ? pick_kind<Storage, true>(kind, finite_bounds) : pick_kind<Storage, false>(kind, finite_bounds);
 }
 
 // n numbers in the compute type: where they lie if that is how they lie, else a copy in `buffer`.
@@ -116,14 +125,6 @@ void closed(Stored* data, int64_t n, const T* buffer) {
 #pragma omp simd
     for (int64_t i = 0; i < n; ++i) data[i] = to_storage<Stored>(buffer[i]);
   }
-}
-
-template <typename T>
-bool finite_everywhere(const T* a, const T* b, int64_t n) {
-  int finite = 1;
-#pragma omp simd reduction(& : finite)
-  for (int64_t i = 0; i < n; ++i) finite &= static_cast<int>(is_finite(a[i])) & static_cast<int>(is_finite(b[i]));
-  return finite;
 }
 
 template <typename Stored>
@@ -161,7 +162,7 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
                           slot.lower_each ? static_cast<const T*>(slot.lower_each) + start : lower,
                           slot.upper_each ? static_cast<const T*>(slot.upper_each) + start : upper};
     if (slot.kind == StepKind::bounded_by_element)
-      loop = pick_step<Storage>(slot.kind, amsgrad, finite_everywhere(at.lower, at.upper, n));
+      loop = pick_step<Storage>(slot.kind, amsgrad, all_finite(at.lower, at.upper, n));
     loop(adam, scalars, n, at);
     closed(x, n, at.x);
     closed(m, n, at.m);
