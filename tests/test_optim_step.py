@@ -297,3 +297,22 @@ def test_steps_count_as_writes() -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert [p._version for p in params] == [expected] * 2
+
+
+@pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])
+@pytest.mark.parametrize("constraint", [None, constraints.unit_interval, constraints.simplex], ids=str)
+def test_a_step_needs_no_memory_that_grows_with_the_parameters(kind: type[Any], constraint: Any) -> None:
+    p = Parameter(start_on_rows((2**14, 4), torch.float32))
+    optimizer = kind([p], constraint=constraint)
+    p.grad = torch.ones_like(p)
+
+    def allocated() -> int:
+        with torch.profiler.profile(profile_memory=True) as profile:
+            optimizer.step()
+        return max((event.cpu_memory_usage for event in profile.events()), default=0)
+
+    optimizer.step()
+    assert allocated() <= 64
+    with co.backend("reference"):
+        optimizer.step()
+        assert allocated() >= 4 * p.numel()

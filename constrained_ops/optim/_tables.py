@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from ctypes import c_float
 from importlib import import_module
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ SLOT_WORDS, GROUP_WORDS, WORK_WORDS = _SLOT.size // 8, _GROUP.size // 8, 4
 
 THREADS = 256  # of a block, step_threads of csrc/cuda/step.cuh
 WAVES = 16  # work items per multiprocessor, where there is work for so many
+
+
+# What captured graphs read in every replay. Nobody says when a graph is gone, and a plan may go long before.
+_in_graphs: list[Any] = []
 
 
 class Tables(NamedTuple):
@@ -85,11 +89,10 @@ class TablePlan(ABC):
         self._kept: list[Tensor] = []  # alive because the tables have their addresses
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
-        self._captured: list[tuple[Tensor, Tensor]] = []
         elsewhere = [i for i, slot in enumerate(slots) if self._counts_elsewhere(slot)]
         self._host_steps = [c_float.from_address(slots[i].step.data_ptr()) for i in elsewhere]
         self._device_steps = self._send(torch.empty(len(elsewhere)))
-        self._known_steps: list[float] | None = None
+        self._known_steps: list[float] | None = None if elsewhere else []
         places = dict(zip(elsewhere, range(self._device_steps.data_ptr(), 2**64, 4), strict=False))
         records = [self._record(slot, places.get(i, slot.step.data_ptr())) for i, slot in enumerate(slots)]
         self._written = [slot.param for slot in slots if not any(slot.param is param for param, _ in self._gaps)]
@@ -172,7 +175,7 @@ class TablePlan(ABC):
         staging, self._staging = self._staging, None
         staging = (_pinned(words.numel()) if staging is None else staging).copy_(words)
         table = staging.to(self.device, non_blocking=True)
-        self._captured.append((staging, table))
+        _in_graphs.append((staging, table, self._tables, self._kept, self._gaps, self._device_steps))
         return self._tables._replace(grads=table[: len(grads)], groups=table[len(grads) :].view(-1, GROUP_WORDS))
 
     def _send(self, host: Tensor) -> Tensor:

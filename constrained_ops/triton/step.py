@@ -407,6 +407,7 @@ def step_softmax(
             g = load(memory.grads, at, inside, False) * adam.grad_factor
             x = softmax_weight(raw_of(memory, rows, first, BLOCK), largest) * inverse_sum
             mean += tl.sum(x * (g - shift), 1, keep_dims=True)
+        tl.debug_barrier()  # all have read what is written now
         for first in range(0, end_of_row, BLOCK):
             at, inside = items_from(rows, first, BLOCK)
             g = load(memory.grads, at, inside, False) * adam.grad_factor

@@ -41,21 +41,22 @@ void StepPlan::add(const StepSlot& slot) {
 // Counts the step, and computes what slots of one group and one count have in common.
 void StepPlan::prepare(const std::vector<StepOptions>& groups, double grad_scale) {
   struct Last {
-    float step = 0;
-    uint32_t index = 0;
+    bool known = false;
+    float step;
+    uint32_t index;
   };
-  std::vector<Last> last(groups.size());
+  std::vector<Last> lasts(groups.size());
   numbers_.clear();
   numbers_of_.resize(slots_.size());
   for (size_t i = 0; i < slots_.size(); ++i) {
     const auto& options = groups[slots_[i].group];
-    auto& known = last[slots_[i].group];
+    auto& last = lasts[slots_[i].group];
     const float step = *slots_[i].step += 1;
-    if (step != known.step) {
-      known = {step, static_cast<uint32_t>(numbers_.size())};
+    if (!last.known || step != last.step) {
+      last = {true, step, static_cast<uint32_t>(numbers_.size())};
       numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean});
     }
-    numbers_of_[i] = known.index;
+    numbers_of_[i] = last.index;
   }
 }
 
