@@ -212,6 +212,17 @@ def test_simplex_rows_with_special_numbers(length: int, inner: int) -> None:
         assert (grad_raw[7, 1] == 0).all()
 
 
+@pytest.mark.parametrize("length", [2, 4, 7, 20, 64, 70, 1100])
+@pytest.mark.parametrize("inner", [1, 32])
+def test_simplex_gradients_that_are_equal_along_a_row(length: int, inner: int) -> None:
+    """They have no part along the simplex: exactly none, since Adam would make much of a rounding error."""
+    raw = torch.randn(5, length, inner)
+    grad_x = torch.randn(5, 1, inner).expand(raw.shape)
+    forward, backward = _library.overload("simplex", "forward"), _library.overload("simplex", "backward")
+    for x in (None, forward(raw, 1)):
+        assert (backward(grad_x, raw, 1, x) == 0).all()
+
+
 @pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
 def test_results_that_are_not_needed() -> None:
     raw, along, grad_x = operands((5, 20), torch.float32, contiguous, 3)

@@ -83,6 +83,15 @@ class Block {
   CO_HD T& operator[](int i) { return reinterpret_cast<T*>(vector_)[i]; }
   CO_HD const T& operator[](int i) const { return reinterpret_cast<const T*>(vector_)[i]; }
 
+  // Every number becomes the first of its row.
+  CO_HD Block row_heads() const {
+    Block result;
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v)
+      result.vector_[v] = heads(vector_[v / per_row * per_row], std::make_integer_sequence<int, lanes>());
+    return result;
+  }
+
   // Every number becomes that of its whole row.
   template <typename Combine>
   CO_HD Block along_rows(Combine combine) const {
@@ -126,6 +135,10 @@ class Block {
       return within<2 * distance>(combine(v, partners<distance>(v, std::make_integer_sequence<int, lanes>())), combine);
     return v;
   }
+  template <int... lane>
+  CO_HD static Vector heads(Vector v, std::integer_sequence<int, lane...>) {
+    return __builtin_shufflevector(v, v, (lane / part * part)...);
+  }
   template <int distance, int... lane>
   CO_HD static Vector partners(Vector v, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(v, v, (lane ^ distance)...);
@@ -135,13 +148,15 @@ class Block {
 #define CO_EACH _Pragma("GCC ivdep") for (int i = 0; i < Block::size; ++i)
 
 // v less its mean over a row, in which each number counts by its weight, and the sum of weights is 1 / inverse. The
-// mean is taken of differences from a first mean: so it keeps its digits where one weight is nearly all.
+// mean is taken of differences from a first mean, so that it keeps its digits where one weight is nearly all; that one
+// of differences from a number of the row, so that equal numbers have exactly their mean.
 template <typename Block>
 CO_HD Block block_centered(const Block& weight, const Block& inverse, const Block& v) {
+  const Block head = v.row_heads();
   Block centered, product;
-  CO_EACH product[i] = weight[i] * v[i];
+  CO_EACH product[i] = weight[i] * (v[i] - head[i]);
   Block sum = product.along_rows(Plus());
-  CO_EACH centered[i] = v[i] - sum[i] * inverse[i];
+  CO_EACH centered[i] = v[i] - (head[i] + sum[i] * inverse[i]);
   CO_EACH product[i] = weight[i] * centered[i];
   sum = product.along_rows(Plus());
   CO_EACH centered[i] -= sum[i] * inverse[i];

@@ -119,7 +119,8 @@ void rows_forward(int rows, int64_t length, const Storage* const* in, Storage* c
   }
 }
 
-// Means are taken of differences from a first mean: so they keep their digits where one weight is nearly all.
+// Means are taken of differences from a first mean: so they keep their digits where one weight is nearly all. That one
+// is taken of differences from the row's first number: so equal numbers have exactly their mean.
 template <Weights kept, typename Storage, typename T>
 void rows_backward(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* scratch, T) {
   const Storage *raw = in[0], *grad_x = in[1];
@@ -133,18 +134,20 @@ void rows_backward(int rows, int64_t length, const Storage* const* in, Storage* 
   for (int r = 0; r < rows; ++r) {
     const auto weight = weights(r);
     const Storage* g = grad_x + r * length;
+    const T head = to_compute(g[0]);
     if constexpr (kept == Weights::given) {
       double sum[1] = {};
-      add_up<T>(length, sum, [=](int64_t i, T* values) CO_INLINE { values[0] = weight.first(i) * to_compute(g[i]); });
+      add_up<T>(length, sum,
+                [=](int64_t i, T* values) CO_INLINE { values[0] = weight.first(i) * (to_compute(g[i]) - head); });
       total[r][0] = 1;
       total[r][1] = sum[0];
     } else {
       add_up<T>(length, total[r], [=](int64_t i, T* values) CO_INLINE {
         values[0] = weight.first(i);
-        values[1] = values[0] * to_compute(g[i]);
+        values[1] = values[0] * (to_compute(g[i]) - head);
       });
     }
-    first_mean[r] = T(total[r][1] / total[r][0]);
+    first_mean[r] = T(head + total[r][1] / total[r][0]);
   }
   for (int r = 0; r < rows; ++r) {
     const auto weight = weights(r);
@@ -172,13 +175,14 @@ template <Weights kept, typename Storage, typename T>
 void row_double_backward(int64_t length, const Storage* const* in, Storage* const* out, T* scratch) {
   const Storage *raw = in[0], *along = in[1], *g = in[2];
   const RowWeights<kept, Storage, T> weight{raw, row_range<Storage, T>(raw, length).largest, scratch};
+  const T along_head = to_compute(along[0]), g_head = to_compute(g[0]);
   double total[3] = {}, rest[2] = {};
   add_up<T>(length, total, [=](int64_t i, T* values) CO_INLINE {
     values[0] = weight.first(i);
-    values[1] = values[0] * to_compute(along[i]);
-    values[2] = values[0] * to_compute(g[i]);
+    values[1] = values[0] * (to_compute(along[i]) - along_head);
+    values[2] = values[0] * (to_compute(g[i]) - g_head);
   });
-  const T along_first = T(total[1] / total[0]), g_first = T(total[2] / total[0]);
+  const T along_first = T(along_head + total[1] / total[0]), g_first = T(g_head + total[2] / total[0]);
   add_up<T>(length, rest, [=](int64_t i, T* values) CO_INLINE {
     const T w = weight.again(i);
     values[0] = w * (to_compute(along[i]) - along_first);
