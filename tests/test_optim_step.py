@@ -289,14 +289,18 @@ def test_overlapping_parameters_are_refused_before_anything_changes() -> None:
     assert p[0] == 0
 
 
-def test_steps_count_as_writes() -> None:
-    params = [Parameter(torch.rand(3)), Parameter(torch.rand(2, 2))]
-    optimizer = ProjectedAdam(params, constraint=constraints.unit_interval)
-    for expected in range(1, 4):
+@pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])
+def test_steps_count_as_writes(kind: type[Any]) -> None:
+    with_gaps = Parameter(torch.rand(4, 6)[:, ::2])
+    params = [Parameter(torch.rand(3)), Parameter(torch.rand(2, 2)), with_gaps]
+    optimizer = kind(params, constraint=constraints.unit_interval)
+    before = [p._version for p in params]
+    for step in range(1, 4):
         for p in params:
             p.grad = torch.ones_like(p)
         optimizer.step()
-        assert [p._version for p in params] == [expected] * 2
+        assert [p._version for p in params] == [version + step for version in before]
+        assert not optimizer._prepared.written_by_others()
 
 
 @pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])

@@ -255,6 +255,17 @@ def test_dimensions_and_strides(dim: int, weighted: bool) -> None:
         torch.testing.assert_close(y.sum(dim), torch.ones_like(y.sum(dim)))
 
 
+@pytest.mark.parametrize("length", [40, 200, 1030])
+@pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
+@pytest.mark.parametrize("total", [1.0, 30.0])
+def test_longer_rows_along_the_middle(length: int, weighted: bool, total: float) -> None:
+    x = torch.randn(2, length, 35, device=DEVICE)
+    weight = weights_like(x) if weighted else torch.ones_like(x)
+    y = co.project_simplex(x, 1, total=total, weight=weight if weighted else None)
+    want = by_sorting(x.movedim(1, -1), weight.movedim(1, -1), total).movedim(-1, 1)
+    assert ((y.double() - want).abs() <= 4e-6 * (1 + want)).all()
+
+
 def test_shapes_without_much_in_them() -> None:
     for weight in (None, torch.tensor(2.0, device=DEVICE)):
         for shape in ((0,), (0, 3), (2, 0, 3)):

@@ -11,8 +11,9 @@ from torch.autograd.graph import increment_version
 
 from .. import _library
 from .._checks import Bound
-from .._constraints import Box, Record, SimplexOf
+from .._constraints import Box, SimplexOf
 from ._plans import Hyper, Slot, _compiled, register
+from ._slots import alike, kind_of, pointer, rows_of
 
 
 class CpuPlan:
@@ -30,13 +31,14 @@ class CpuPlan:
         self._memory = [t.untyped_storage() for slot in slots for t in slot if isinstance(t, Tensor)]
         self._bounds: list[Tensor] = []
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
-        self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
+        self._copied = [i for i, slot in enumerate(slots) if not alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:
             if any(
                 size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)
             ):
                 raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
             self._add(slot)
+        self._written = [slot.param for slot in slots if not any(slot.param is param for param, _ in self._gaps)]
 
     def run(
         self,
@@ -54,7 +56,7 @@ class CpuPlan:
         if self._gaps:
             self._fill(from_params=True)
         self._plan.run(list(map(Tensor.data_ptr, grads)), hyper, 1.0 if grad_scale is None else grad_scale.item())
-        increment_version(self._params)
+        increment_version(self._written)
         if self._gaps:
             self._fill(from_params=False)
 
@@ -68,21 +70,21 @@ class CpuPlan:
 
     def _add(self, slot: Slot) -> None:
         param, record = slot.param, slot.constraint
-        if not _alike(param.stride(), slot.exp_avg):
+        if not alike(param.stride(), slot.exp_avg):
             param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
             self._gaps.append((slot.param, param))
         bounds = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
         (lower, lower_each), (upper, upper_each) = (self._bound(slot, bound) for bound in bounds)
         self._plan.add(
-            kind=getattr(_compiled.StepKind, _kind(slot, record)),
+            kind=getattr(_compiled.StepKind, kind_of(slot, record)),
             group=slot.group,
             numel=param.numel(),
-            rows=_rows(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1),
+            rows=rows_of(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1),
             param=param.data_ptr(),
             exp_avg=slot.exp_avg.data_ptr(),
             exp_avg_sq=slot.exp_avg_sq.data_ptr(),
-            max_exp_avg_sq=_pointer(slot.max_exp_avg_sq),
-            raw=_pointer(slot.raw),
+            max_exp_avg_sq=pointer(slot.max_exp_avg_sq),
+            raw=pointer(slot.raw),
             step=slot.step.data_ptr(),
             lower=lower,
             upper=upper,
@@ -97,48 +99,10 @@ class CpuPlan:
             return bound, 0
         if not any(bound.stride()):
             return (bound.reshape(-1)[0].item() if bound.numel() else 0.0), 0
-        if not _alike(bound.stride(), slot.exp_avg):
+        if not alike(bound.stride(), slot.exp_avg):
             bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
         self._bounds.append(bound)
         return math.nan, bound.data_ptr()
-
-
-def _kind(slot: Slot, record: Record | None) -> str:
-    if record is None:
-        return "plain"
-    if isinstance(record, SimplexOf):
-        return "simplex" if slot.raw is None else "softmax"
-    each = isinstance(record.lower, Tensor)
-    if slot.raw is None:
-        return "box_by_element" if each else "box"
-    if record.transform == "exponential":
-        return "exponential_by_element" if each else "exponential"
-    if each:
-        return "bounded_by_element"
-    names = {(True, True): "interval", (True, False): "lower_only", (False, True): "upper_only"}
-    return names[math.isfinite(record.lower), math.isfinite(record.upper)]
-
-
-def _alike(stride: tuple[int, ...], like: Tensor) -> bool:
-    """Whether a tensor of ``like``'s shape and that stride lies in memory as ``like`` does."""
-    if like.numel() < 2 or stride == like.stride():
-        return True
-    return all(a == b for a, b, size in zip(stride, like.stride(), like.shape, strict=True) if size > 1)
-
-
-def _rows(dense: Tensor, dim: int) -> tuple[int, int, int]:
-    """(outer, length, inner): how rows along ``dim`` lie in a dense tensor's memory."""
-    if dense.dim() == 0:
-        return 1, 1, 1
-    length, stride = dense.shape[dim], dense.stride(dim)
-    if length == 1:
-        return dense.numel(), 1, 1
-    inner = math.prod(size for size, other in zip(dense.shape, dense.stride(), strict=True) if other < stride)
-    return dense.numel() // max(1, length * inner), length, inner
-
-
-def _pointer(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -25,8 +25,8 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, SimplexOf
-from ._cpu import _alike, _kind, _pointer, _rows
 from ._plans import Hyper, Slot, register
+from ._slots import alike, kind_of, pointer, rows_of
 
 # In the order of StepKind in csrc/step.h.
 KINDS = (
@@ -88,7 +88,7 @@ class TablePlan(ABC):
         self._aligned = True
         self._kept: list[Tensor] = []  # alive because the tables have their addresses
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
-        self._copied = [i for i, slot in enumerate(slots) if not _alike(slot.grad_stride, slot.exp_avg)]
+        self._copied = [i for i, slot in enumerate(slots) if not alike(slot.grad_stride, slot.exp_avg)]
         elsewhere = [i for i, slot in enumerate(slots) if self._counts_elsewhere(slot)]
         self._host_steps = [c_float.from_address(slots[i].step.data_ptr()) for i in elsewhere]
         self._device_steps = self._send(torch.empty(len(elsewhere)))
@@ -115,7 +115,7 @@ class TablePlan(ABC):
     @property
     def aligned(self) -> bool:
         """Whether all memory of this step may be accessed 16 bytes at a time, with nothing left over."""
-        return self._aligned and not any(pointer % 16 for pointer in self._grads)
+        return self._aligned and not any(address % 16 for address in self._grads)
 
     @abstractmethod
     def _launch(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None: ...
@@ -186,25 +186,25 @@ class TablePlan(ABC):
 
     def _record(self, slot: Slot, step: int) -> bytes:
         param, record = slot.param, slot.constraint
-        if not _alike(param.stride(), slot.exp_avg):
+        if not alike(param.stride(), slot.exp_avg):
             param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
             self._gaps.append((slot.param, param))
         lower, upper = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
         lower_each, upper_each = self._each(slot, lower), self._each(slot, upper)
-        kind = _kind(slot, record)
+        kind = kind_of(slot, record)
         self.kinds.add(kind)
         memory = (param, slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq, slot.raw)
         left_over = 0 if isinstance(record, SimplexOf) else param.numel() % 16
-        self._aligned = self._aligned and not left_over and not any(_pointer(t) % 16 for t in memory)
+        self._aligned = self._aligned and not left_over and not any(pointer(t) % 16 for t in memory)
         return _SLOT.pack(
             KINDS.index(kind),
             slot.group,
             param.numel(),
-            *(_rows(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1)),
-            *map(_pointer, memory),
+            *(rows_of(slot.exp_avg, record.dim) if isinstance(record, SimplexOf) else (1, 1, 1)),
+            *map(pointer, memory),
             step,
-            _pointer(lower_each),
-            _pointer(upper_each),
+            pointer(lower_each),
+            pointer(upper_each),
             -math.inf if lower_each is not None else _first(lower),
             math.inf if upper_each is not None else _first(upper),
             record.total if isinstance(record, SimplexOf) else 0.0,
@@ -214,7 +214,7 @@ class TablePlan(ABC):
         """A bound for each element, in the layout of the state; None if one holds for all."""
         if not isinstance(bound, Tensor) or not any(bound.stride()):
             return None
-        if not _alike(bound.stride(), slot.exp_avg):
+        if not alike(bound.stride(), slot.exp_avg):
             bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
         self._kept.append(bound)
         return bound
@@ -245,7 +245,7 @@ class TablePlan(ABC):
         for index, slot in enumerate(self.slots):
             count, each, tile = slot.param.numel(), size, 0
             if isinstance(slot.constraint, SimplexOf):
-                _, length, inner = _rows(slot.exp_avg, slot.constraint.dim)
+                _, length, inner = rows_of(slot.exp_avg, slot.constraint.dim)
                 shape = Tile.of(length, inner)
                 if shape not in self.tiles:
                     self.tiles.append(shape)
@@ -276,7 +276,7 @@ class CudaPlan(TablePlan):
     def _per_thread(slot: Slot, most: int) -> int:
         """How many elements of a row a thread has, as with_step_group of csrc/cuda/step.cuh has it."""
         assert isinstance(slot.constraint, SimplexOf)
-        _, length, inner = _rows(slot.exp_avg, slot.constraint.dim)
+        _, length, inner = rows_of(slot.exp_avg, slot.constraint.dim)
         columns = min(32, _power_of_two(inner))
         while columns > 8 and length > THREADS // columns * most:
             columns //= 2
