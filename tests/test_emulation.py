@@ -366,7 +366,9 @@ def test_masked_and_extreme_rows_of_a_projection(
     y = kernels["projection"]["forward"](x, dim, 1.0)
     check(kernels, "projection", "backward", sample(shape, dtype), y, dim)
     y = y.movedim(dim, 1)
-    torch.testing.assert_close(y[4].double(), torch.full(y[4].shape, 1 / y.shape[1]).double(), **like_rounding(dtype))
+    torch.testing.assert_close(
+        y[4].double(), torch.full(y[4].shape, 1 / y.shape[1], dtype=torch.float64), **like_rounding(dtype)
+    )
     assert y[1, 3] == y[5, 0] == 1 and (y[2, :5] == 0).all()
     weighted = kernels["projection"]["forward.weighted"](x, weight, dim, 1.0).movedim(dim, 1)
     assert y[[3, 6, 7]].isnan().all() and weighted[[3, 6, 7, 8]].isnan().all()

@@ -222,6 +222,13 @@ def softmax_double_backward_kernel(
 # --- The launcher ----------------------------------------------------------------------------------------------------
 
 
+def _most_warps(kernel: Any) -> int:
+    """A block has at most 1024 threads; some devices have 64 of them in a warp."""
+    if not isinstance(kernel, triton.JITFunction):  # interpreted
+        return 32
+    return 1024 // triton.runtime.driver.active.get_current_target().warp_size
+
+
 def launch_rows(
     kernel: Any,
     results: Sequence[Tensor],
@@ -242,6 +249,7 @@ def launch_rows(
     block = min(triton.next_power_of_2(size), most // inners)
     inners = max(inners, min(triton.next_power_of_2(inner), least // block))
     outers = max(1, least // (block * inners))
+    warps = outers * block * inners // (128 if double else 512)
     kernel[(triton.cdiv(outer, outers) * triton.cdiv(inner, inners),)](
         *results,
         *operands,
@@ -253,7 +261,7 @@ def launch_rows(
         INNERS=inners,
         ONE_BLOCK=size <= block,
         WIDE=max(outers * size, size + block) * inner > NARROW,
-        num_warps=outers * block * inners // (128 if double else 512) * (2 if heavy else 1),
+        num_warps=min(warps * 2, _most_warps(kernel)) if heavy else warps,
         **options,
     )
 
