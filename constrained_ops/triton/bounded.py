@@ -64,8 +64,10 @@ def softplus_minus(s):
 @triton.jit
 def interval_from(s, b):
     distance = b.width * s.near
+    below_upper = b.upper - distance
+    middle = b.lower + b.width * 0.5  # the most that the lower half gives: x must not fall where halves meet
     return Point(
-        x=tl.where(s.upper_half, b.upper - distance, b.lower + distance),
+        x=tl.where(s.upper_half, tl.where(below_upper < middle, middle, below_upper), b.lower + distance),
         x_raw=b.width * s.slope,
         x_raw_raw=-b.width * s.slope * s.tanh_half,
         x_lower=one_minus_sigmoid(s),

@@ -43,9 +43,11 @@ struct Sigmoid {
 struct Interval {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
-    const T distance = b.width * s.near;
+    const T distance = b.width * s.near, below_upper = b.upper - distance;
+    const T middle =
+        b.lower + b.width * T(0.5);  // the most that the lower half gives: x must not fall where halves meet
     Point<T> p;
-    p.x = s.upper_half ? b.upper - distance : b.lower + distance;
+    p.x = s.upper_half ? (below_upper < middle ? middle : below_upper) : b.lower + distance;
     p.x_raw = b.width * s.slope;
     p.x_raw_raw = -b.width * s.slope * s.tanh_half;
     p.x_lower = s.one_minus_sigmoid();
