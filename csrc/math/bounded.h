@@ -43,11 +43,12 @@ struct Sigmoid {
 struct Interval {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
-    const T distance = b.width * s.near, below_upper = b.upper - distance;
-    const T middle =
-        b.lower + b.width * T(0.5);  // the most that the lower half gives: x must not fall where halves meet
+    const T distance = b.width * s.near, x = s.upper_half ? b.upper - distance : b.lower + distance;
+    // The upper half starts where the lower one ends, whatever the bounds round to: x must not fall.
+    const T middle = clamp(b.lower + b.width * T(0.5), b.smallest, b.largest);
+    const T least = s.upper_half ? middle : b.smallest;
     Point<T> p;
-    p.x = s.upper_half ? (below_upper < middle ? middle : below_upper) : b.lower + distance;
+    p.x = clamp(x, least, b.largest);
     p.x_raw = b.width * s.slope;
     p.x_raw_raw = -b.width * s.slope * s.tanh_half;
     p.x_lower = s.one_minus_sigmoid();
@@ -71,7 +72,7 @@ struct LowerOnly {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     Point<T> p{};
-    p.x = b.lower + s.softplus();
+    p.x = clamp(b.lower + s.softplus(), b.smallest, b.largest);
     p.x_raw = s.sigmoid();
     p.x_raw_raw = s.slope;
     p.x_lower = T(1);
@@ -91,7 +92,7 @@ struct UpperOnly {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     Point<T> p{};
-    p.x = b.upper - s.softplus_minus();
+    p.x = clamp(b.upper - s.softplus_minus(), b.smallest, b.largest);
     p.x_raw = s.one_minus_sigmoid();
     p.x_raw_raw = -s.slope;
     p.x_upper = T(1);
@@ -109,9 +110,9 @@ struct UpperOnly {
 
 struct Unbounded {
   template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>&) {
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
     Point<T> p{};
-    p.x = raw;
+    p.x = clamp(raw, b.smallest, b.largest);
     p.x_raw = T(1);
     return p;
   }

@@ -42,7 +42,7 @@ CO_HD Bounds<compute_t<Storage>> bounds_of_scalars(double lower, double upper) {
 // interval differ by sign only, so one number to the width w = upper - lower stands for both: d/dlower = -d/dw.
 template <typename T>
 struct Point {
-  T x, x_raw, x_raw_raw;                    // x and its derivatives
+  T x, x_raw, x_raw_raw;                    // x, strictly between the bounds, and its derivatives as if nothing rounded
   T x_lower, x_upper, x_raw_width;          // ... to the bounds, and mixed
   T log_det, log_det_raw, log_det_raw_raw;  // log |dx/draw| and its derivatives
   T log_det_width, log_det_width_width;
@@ -55,8 +55,8 @@ struct Forward {
   static constexpr int inputs = 0, outputs = with_log_det ? 2 : 1;
 
   template <typename T>
-  CO_HD static void run(const Point<T>& at, const Bounds<T>& bounds, const T*, T* out) {
-    out[0] = clamp(at.x, bounds.smallest, bounds.largest);
+  CO_HD static void run(const Point<T>& at, const Bounds<T>&, const T*, T* out) {
+    out[0] = at.x;
     if constexpr (with_log_det) out[1] = at.log_det;
   }
 };

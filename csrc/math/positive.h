@@ -11,7 +11,7 @@ struct Exponential {
   CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
     const T value = exp(raw);
     Point<T> p{};
-    p.x = b.lower + value;
+    p.x = clamp(b.lower + value, b.smallest, b.largest);
     p.x_raw = value;
     p.x_raw_raw = value;
     p.x_lower = T(1);

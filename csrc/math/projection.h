@@ -59,6 +59,9 @@ CO_HD T two_sum(T a, T b, T& rest) {
   return sum;
 }
 
+// Residual times slope falls to a quarter or less with each reading: more than any row of numbers can take.
+inline constexpr int most_readings = 100;
+
 // lambda on its way up.
 template <typename T>
 struct Ascent {
@@ -73,9 +76,8 @@ struct Ascent {
     constexpr S eps = std::numeric_limits<S>::epsilon();
     const T no_number = T{} + std::numeric_limits<S>::quiet_NaN();
     const T below = weighted ? bound - 4 * eps * (bound < S(0) ? -bound : bound) : bound;
-    // Residual times slope falls to a quarter or less with each step: 100 are more than any row of numbers can take.
     return {bound - bound == S(0) ? below : no_number, weighted ? T{} : T{} - total, T{},
-            T{} + std::numeric_limits<S>::infinity(), T{} + S(100)};
+            T{} + std::numeric_limits<S>::infinity(), T{} + S(most_readings)};
   }
 
   // What a reading found on S: the sum of z - lambda u, and that of u.
@@ -117,7 +119,7 @@ CO_HD T projection_rest(T z, T u, T high, T low) {
 
 template <typename T>
 CO_HD T projection_value(T rest) {
-  return rest <= T{} ? T{} : rest;
+  return T{} > rest ? T{} : rest;
 }
 
 // Whether a result counts as of the support: a NaN does, so that a row of it stays NaN.

@@ -33,7 +33,7 @@ CO_HD T finish(Projected<each>, T y, const Bounds<T>& b) {
 }
 template <typename Map, bool each, typename T>
 CO_HD T finish(OnRaw<Map, each>, T y, const Bounds<T>& b) {
-  return clamp(Map::at(y, b).x, b.smallest, b.largest);
+  return Map::at(y, b).x;
 }
 
 template <typename Hook, typename T>

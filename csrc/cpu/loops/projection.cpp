@@ -2,6 +2,7 @@
 #include <memory>
 
 #include "projection_rows.h"
+#include "projection_sorted.h"
 #include "tiles.h"
 
 namespace constrained_ops::CO_LEVEL {
@@ -53,7 +54,7 @@ struct BackwardRows {
 
 // Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
 // converted.
-constexpr int64_t shortest_side_by_side = 48;
+constexpr int64_t shortest_side_by_side = 256, shortest_weighted_side_by_side = 48;
 
 template <bool weighted, typename Storage>
 void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
@@ -87,13 +88,45 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
   }
 }
 
+// Rows in tiles that are padded: to n numbers, the power of two next to `length`, or to whole blocks.
+template <int n, bool weighted, typename Storage>
+void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const int64_t length = call.layout.length;
+  if constexpr (n < most_sorted<weighted>)
+    if (length > n) return run_sorted<2 * n, weighted, Storage>(call, units, begin, end);
+  const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
+  const Tiles<T> tiles(1 + weighted, padded);
+  T *const x = tiles.at(0), *const weight = weighted ? tiles.at(1) : nullptr;
+  std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
+  if (weighted) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
+  ProjectionScratch scratch(length);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const TileRows rows(call.layout, units, unit);
+    rows.load(static_cast<const Storage*>(call.inputs[0]), x);
+    if (weighted) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
+    if (unit + 1 < end)
+      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, 1 + weighted, call.outputs, 1);
+    if constexpr (weighted)
+      project_sorted<n>(length, x, weight, T(call.total));
+    else if (length <= n)
+      project_sorted<n>(length, x, T(call.total));
+    else
+      project_largest(length, x, T(call.total), scratch);
+    rows.store(x, static_cast<Storage*>(call.outputs[0]));
+  }
+}
+
 template <typename Rows, typename Storage>
 void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
-  if constexpr (Rows::forward)
-    if (call.layout.inner == 1 && length >= shortest_side_by_side)
-      return run_side_by_side<Rows::inputs == 2, Storage>(call, begin, end);
+  if constexpr (Rows::forward) {
+    constexpr bool weighted = Rows::inputs == 2;
+    if (call.layout.inner == 1 && length >= (weighted ? shortest_weighted_side_by_side : shortest_side_by_side))
+      return run_side_by_side<weighted, Storage>(call, begin, end);
+    if (!weighted || length <= most_sorted<true>) return run_sorted<2, weighted, Storage>(call, units, begin, end);
+  }
   const Tiles<T> tiles(Rows::inputs, length);
   ProjectionScratch scratch(length);
   const T* in[Rows::inputs];

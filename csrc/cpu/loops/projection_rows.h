@@ -107,6 +107,7 @@ class RowsProjection {
     for (int64_t l = 0; l < rows; l += group<T>) {
       ProjectionBlocks<false, T> blocks(height, lanes, {tile(0) + l, tile(operands - 1) + l}, {nullptr}, {});
       Ascent<V> at[2];
+      start_ascent<weighted, false>(blocks, total, at);
       ascend<weighted, false>(blocks, total, scratch_.live(), at);
       for (int v = 0; v < 2; ++v) {
         store(anchor + l + v * width<T>, at[v].anchor);

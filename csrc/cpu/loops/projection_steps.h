@@ -14,11 +14,10 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 
 #include "../../math/projection.h"
 #include "../loops.h"
-
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors as arguments: of functions that are inlined, all of them
 
 #define CO_INLINE __attribute__((always_inline))
 
@@ -203,23 +202,22 @@ constexpr int states = along_row ? 1 : 2;  // a row has one lambda, lanes each t
 template <bool along_row, typename T>
 using ProjectionBlocks = Blocks<along_row, T, 2, 1>;  // x, weight; y
 
-// Finds lambda. Returns how many blocks may be of the support, and their numbers in `live`.
+template <bool weighted, typename Block, typename V>
+CO_HD void read_operands(const Block& block, int64_t offset, V& x_k, V& u_k) {
+  x_k = load(block.in[0] + offset);
+  u_k = weighted ? load(block.in[1] + offset) : V{} + 1;
+}
+
+// Where to start from.
 template <bool weighted, bool along_row, typename T>
-[[gnu::noinline]] int64_t ascend(ProjectionBlocks<along_row, T>& blocks, T total, int32_t* live,
-                                 Ascent<Vector<T>> (&result)[states<along_row>]) {
+[[gnu::noinline]] void start_ascent(ProjectionBlocks<along_row, T>& blocks, T total,
+                                    Ascent<Vector<T>> (&at)[states<along_row>]) {
   using V = Vector<T>;
   using Block = typename ProjectionBlocks<along_row, T>::Block;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  const auto read = [](const Block& block, int64_t offset, V& x_k, V& u_k) CO_INLINE {
-    x_k = load(block.in[0] + offset);
-    u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
-  };
-
   V top[4][2];  // the largest of every fourth step
   for (auto& vectors : top) vectors[0] = vectors[1] = V{} - infinity;
-  int64_t count = blocks.count();
-  for (int64_t b = 0; b < count; ++b) {
-    live[b] = static_cast<int32_t>(b);
+  for (int64_t b = 0; b < blocks.count(); ++b) {
     const Block block = blocks[b];
     for (int64_t k = 0; k < block.steps; k += 4) {
 #pragma GCC unroll 4
@@ -227,13 +225,12 @@ template <bool weighted, bool along_row, typename T>
         if (k + j == block.steps) break;
         blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
           V x_k, u_k;
-          read(block, offset, x_k, u_k);
+          read_operands<weighted>(block, offset, x_k, u_k);
           top[j][v] = larger(top[j][v], projection_bound<weighted>(x_k, u_k, total));
         });
       }
     }
   }
-  Ascent<V> at[states<along_row>];
   for (int s = 0; s < states<along_row>; ++s) {
     V bound = larger(larger(top[0][s], top[1][s]), larger(top[2][s], top[3][s]));
     if (along_row) bound = V{} + across<T, T>(larger(bound, larger(top[0][1], top[1][1])), larger);
@@ -243,7 +240,17 @@ template <bool weighted, bool along_row, typename T>
     const V start = projection_of_four(four, total);
     at[s].high = start > at[s].high ? start : at[s].high;
   }
+}
 
+// To lambda; where nothing is left of `at`, nothing changes. Returns how many blocks may be of the support, and their
+// numbers in `live`.
+template <bool weighted, bool along_row, typename T>
+[[gnu::noinline]] int64_t ascend(ProjectionBlocks<along_row, T>& blocks, T total, int32_t* live,
+                                 Ascent<Vector<T>> (&at)[states<along_row>]) {
+  using V = Vector<T>;
+  using Block = typename ProjectionBlocks<along_row, T>::Block;
+  int64_t count = blocks.count();
+  std::iota(live, live + count, 0);
   // Where the sum of what is left starts, once for each row: near the root it then has most digits.
   V start[2] = {V{} - total, V{} - total};
   if (along_row) start[0] = start[1] = V{}, start[0][0] = -total;
@@ -264,7 +271,7 @@ template <bool weighted, bool along_row, typename T>
             if (k + j == block.steps) break;
             blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
               V x_k, u_k;
-              read(block, offset, x_k, u_k);
+              read_operands<weighted>(block, offset, x_k, u_k);
               const V rest = rest_at<weighted>(at[along_row ? 0 : v], total, x_k, u_k), y_k = projection_value(rest);
               seen |= bit_cast<decltype(seen)>(y_k);
               pair[v] += y_k;
@@ -291,7 +298,6 @@ template <bool weighted, bool along_row, typename T>
     }
   } while (going);
 
-  for (int s = 0; s < states<along_row>; ++s) result[s] = at[s];
   return count;
 }
 
@@ -301,6 +307,7 @@ void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, 
   constexpr T infinity = std::numeric_limits<T>::infinity();
   ProjectionBlocks<along_row, T> blocks(length, stride, {x, weighted ? weight : x}, {y}, {-infinity, T(1)});
   Ascent<V> at[states<along_row>];
+  start_ascent<weighted, along_row>(blocks, total, at);
   const int64_t count = ascend<weighted, along_row>(blocks, total, live, at);
   for (int64_t b = 0, i = 0; b < blocks.count(); ++b) {
     const auto block = blocks[b];

@@ -74,44 +74,6 @@ struct Pointers {
   }
 };
 
-// The kernel for rows of `length`, and how many rows it takes at a time; null if there is none.
-template <typename T>
-struct BlockKernel {
-  void (*run)(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out);
-  int rows;
-};
-template <typename Rows, typename Block, typename T>
-BlockKernel<T> block_kernel() {
-  return {Rows::template blocks<Block, T>, Block::rows};
-}
-template <typename Rows, typename T>
-BlockKernel<T> pick_blocks(int64_t length) {
-  constexpr int lanes = vector_lanes<T>;
-  if (length == 2) return block_kernel<Rows, Block<T, 2, 1>, T>();
-  if (length == 4) return block_kernel<Rows, Block<T, 4, 1>, T>();
-  if (length < lanes) return {};
-  switch ((length + lanes - 1) / lanes) {
-    case 1:
-      return block_kernel<Rows, Block<T, lanes, 1>, T>();
-    case 2:
-      return block_kernel<Rows, Block<T, lanes, 2>, T>();
-    case 3:
-      return block_kernel<Rows, Block<T, lanes, 3>, T>();
-    case 4:
-      return block_kernel<Rows, Block<T, lanes, 4>, T>();
-    case 5:
-      return block_kernel<Rows, Block<T, lanes, 5>, T>();
-    case 6:
-      return block_kernel<Rows, Block<T, lanes, 6>, T>();
-    case 7:
-      return block_kernel<Rows, Block<T, lanes, 7>, T>();
-    case 8:
-      return block_kernel<Rows, Block<T, lanes, 8>, T>();
-    default:
-      return {};
-  }
-}
-
 // Units of tiles, with rows that follow each other. Whole blocks of the compute type in place; 16-bit numbers, and what
 // does not fill a block, through memory of one thread.
 template <typename Rows, typename Storage>

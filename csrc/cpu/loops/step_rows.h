@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "simplex_blocks.h"
 #include "step_elements.h"
 
 namespace constrained_ops::CO_LEVEL {
@@ -142,11 +143,44 @@ template <bool amsgrad, typename T>
   }
 }
 
-// [outer, length, inner]: no d less than its share of the row's largest. A NaN makes NaN of its row.
+// No d less than its share of the row's largest. A NaN makes NaN of its row.
+struct FloorRows {
+  struct Larger {
+    template <typename V>
+    CO_HD V operator()(V a, V b) const {
+      return adam_larger(a, b);
+    }
+  };
+  template <typename Block, typename T>
+  static void blocks(int64_t count, int64_t length, T share, const T* const*, T* const* d) {
+    for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
+      const Block block(d[0] + at, length), largest = block.along_rows(Larger());
+      Block result;
+#pragma GCC ivdep
+      for (int i = 0; i < Block::size; ++i) result[i] = adam_larger(block[i], share * largest[i]);
+      result.store(d[0] + at, length);
+    }
+  }
+};
+
+// [outer, length, inner]
 template <typename T>
 [[gnu::noinline]] void floor_metric(const RowLayout& rows, T* __restrict d, T* __restrict largest) {
-  const auto [outer, length, inner] = rows;
+  auto [outer, length, inner] = rows;
+  if (const auto kernel = pick_blocks<FloorRows, T>(length); kernel.run && inner == 1) {
+    const int64_t count = outer / kernel.rows;
+    T* const rows_of_blocks[] = {d};
+    kernel.run(count, length, adam_floor<T>, nullptr, rows_of_blocks);
+    outer -= count * kernel.rows;
+    d += count * kernel.rows * length;
+  }
   for (int64_t o = 0; o < outer; ++o, d += length * inner) {
+    if (inner == 1 && length < 8) {
+      T top = d[0];
+      for (int64_t k = 1; k < length; ++k) top = adam_larger(top, d[k]);
+      for (int64_t k = 0; k < length; ++k) d[k] = adam_larger(d[k], adam_floor<T> * top);
+      continue;
+    }
     if (inner == 1) {
       T top = 0;
       int numbers = 1;

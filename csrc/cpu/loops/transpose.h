@@ -26,9 +26,8 @@ void transpose_plain(const From* from, int64_t from_stride, To* to, int64_t to_s
 #if defined(CO_SHUFFLES)
 using Eight __attribute__((vector_size(32), aligned(4))) = float;
 
-inline void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Eight a[8], b[8];
-  for (int i = 0; i < 8; ++i) a[i] = *reinterpret_cast<const Eight*>(from + i * from_stride);
+inline void transpose_8x8(Eight (&a)[8]) {
+  Eight b[8];
   for (int i = 0; i < 8; i += 2) {  // pairs of rows, number by number
     b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
@@ -43,7 +42,17 @@ inline void transpose_8x8(const float* from, int64_t from_stride, float* to, int
     b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
     b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
   }
-  for (int i = 0; i < 8; ++i) *reinterpret_cast<Eight*>(to + i * to_stride) = b[i];
+  for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
+inline Eight read_eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
+inline void write_eight(Eight numbers, float* to) { *reinterpret_cast<Eight*>(to) = numbers; }
+
+inline void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  Eight a[8];
+  for (int i = 0; i < 8; ++i) a[i] = read_eight(from + i * from_stride);
+  transpose_8x8(a);
+  for (int i = 0; i < 8; ++i) write_eight(a[i], to + i * to_stride);
 }
 #endif
 
@@ -79,9 +88,43 @@ void tile_to_short_rows(const From* from, To* to) {
     for (int64_t k = 0; k < length; ++k) to[l * length + k] = to_storage<To>(to_compute(from[k * lanes + l]));
 }
 
+#if defined(CO_SHUFFLES)
+// Rows of 5 to 7 numbers as if of 8: what is read beyond a row is not kept, what is written beyond it the next row
+// overwrites, and the last has a place of its own.
+inline void squares_to_tile(const float* rows, float* tile, int64_t length) {
+  constexpr int64_t lanes = RowUnits::lanes;
+  float last[8] = {};
+  std::copy_n(rows + (lanes - 1) * length, length, last);
+  for (int64_t l = 0; l < lanes; l += 8) {
+    Eight a[8];
+    for (int i = 0; i < 8; ++i) a[i] = read_eight(l + i < lanes - 1 ? rows + (l + i) * length : last);
+    transpose_8x8(a);
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k)
+      if (k < length) write_eight(a[k], tile + k * lanes + l);
+  }
+}
+inline void tile_to_squares(const float* tile, float* rows, int64_t length) {
+  constexpr int64_t lanes = RowUnits::lanes;
+  float last[8];
+  for (int64_t l = 0; l < lanes; l += 8) {
+    Eight a[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) a[k] = k < length ? read_eight(tile + k * lanes + l) : Eight{};
+    transpose_8x8(a);
+    for (int i = 0; i < 8; ++i) write_eight(a[i], l + i < lanes - 1 ? rows + (l + i) * length : last);
+  }
+  std::copy_n(last, length, rows + (lanes - 1) * length);
+}
+#endif
+
 // `count` rows of `length` numbers to the lanes of a tile, or back.
 template <typename From, typename To>
-void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
+[[gnu::noinline]] void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
+#if defined(CO_SHUFFLES)
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
+    if (count == RowUnits::lanes && length > 4 && length < 8) return squares_to_tile(rows, tile, length);
+#endif
   if (count == RowUnits::lanes) switch (length) {
       case 2:
         return short_rows_to_tile<2>(rows, tile);
@@ -99,7 +142,11 @@ void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
   transpose(rows, length, tile, RowUnits::lanes, count, length);
 }
 template <typename From, typename To>
-void tile_to_rows(const From* tile, To* rows, int64_t length, int64_t count) {
+[[gnu::noinline]] void tile_to_rows(const From* tile, To* rows, int64_t length, int64_t count) {
+#if defined(CO_SHUFFLES)
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
+    if (count == RowUnits::lanes && length > 4 && length < 8) return tile_to_squares(tile, rows, length);
+#endif
   if (count == RowUnits::lanes) switch (length) {
       case 2:
         return tile_to_short_rows<2>(tile, rows);
