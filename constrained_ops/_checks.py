@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ._elementwise import next_above
 from ._library import compute_dtype
@@ -53,11 +56,20 @@ def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None
     for argument, bound in (("lower", lower), ("upper", upper)):
         if math.isfinite(bound) and abs(bound) > torch.finfo(compute).max:
             raise ValueError(f"{op}: {argument} overflows {compute}, got lower={lower} and upper={upper}")
-    smallest, largest = inside(torch.tensor(lower, dtype=compute), torch.tensor(upper, dtype=compute), dtype)
-    if not smallest <= largest:
+    with real_tensors():
+        smallest, largest = inside(torch.tensor(lower, dtype=compute), torch.tensor(upper, dtype=compute), dtype)
+        room, width = bool(smallest <= largest), torch.tensor(upper - lower, dtype=compute).item()
+    if not room:
         raise ValueError(f"{op}: {dtype} has no number strictly between lower={lower} and upper={upper}")
-    if math.isinf(torch.tensor(upper - lower, dtype=compute).item()) and math.isfinite(lower) and math.isfinite(upper):
+    if math.isinf(width) and math.isfinite(lower) and math.isfinite(upper):
         raise ValueError(f"{op}: upper - lower overflows {compute}, got lower={lower} and upper={upper}")
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Tensors made of numbers have values here, also where a model is built on "meta" or of fake tensors."""
+    with torch.device("cpu"), _disable_current_modes():
+        yield
 
 
 def ordered(op: str, lower: Bound, upper: Bound) -> None:
@@ -67,15 +79,18 @@ def ordered(op: str, lower: Bound, upper: Bound) -> None:
             raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
         if isinstance(bound, Tensor) and (bound.is_complex() or bound.dtype == torch.bool):
             raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
-    below, above = (torch.as_tensor(bound).detach().double().cpu() for bound in (lower, upper))
-    try:
-        below, above = torch.broadcast_tensors(below, above)
-    except RuntimeError:
-        shapes = f"{tuple(below.shape)} and {tuple(above.shape)}"
-        raise ValueError(f"{op}: lower and upper must broadcast to one shape, got {shapes}") from None
-    if (wrong := ~(below < above)).any():  # a NaN is caught here as well
-        pair = f"lower={below[wrong][0].item()} and upper={above[wrong][0].item()}"
-        raise ValueError(f"{op}: lower must be less than upper, got {pair}")
+    if any(isinstance(bound, Tensor) and bound.is_meta for bound in (lower, upper)):
+        return
+    with real_tensors():
+        below, above = (torch.as_tensor(bound).detach().double().cpu() for bound in (lower, upper))
+        try:
+            below, above = torch.broadcast_tensors(below, above)
+        except RuntimeError:
+            shapes = f"{tuple(below.shape)} and {tuple(above.shape)}"
+            raise ValueError(f"{op}: lower and upper must broadcast to one shape, got {shapes}") from None
+        if (wrong := ~(below < above)).any():  # a NaN is caught here as well
+            pair = f"lower={below[wrong][0].item()} and upper={above[wrong][0].item()}"
+            raise ValueError(f"{op}: lower must be less than upper, got {pair}")
 
 
 def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -394,10 +394,19 @@ def test_backend_override() -> None:
 
 
 def test_meta_and_fake_tensors() -> None:
-    assert co.simplex(torch.empty(3, 4, device="meta")).shape == (3, 4)
-    with torch._subclasses.FakeTensorMode():
-        x, log_det = co.bounded(torch.empty(3, 4), 0.0, 1.0, return_log_det=True)
-        assert x.shape == log_det.shape == (3, 4)
+    """Bounds that no call has seen before are checked with values, where there are none."""
+    for i, make in enumerate((lambda: torch.device("meta"), torch._subclasses.FakeTensorMode)):
+        with make():
+            raw = torch.empty(3, 4)
+            x, log_det = co.bounded(raw, 0.125, 1.0625 + i, return_log_det=True)
+            assert x.shape == log_det.shape == co.simplex(raw).shape == (3, 4)
+            assert co.bounded_inverse(x, 0.125, 3.0625 + i).shape == (3, 4)
+            assert co.Bounded(0.125, 5.0625 + i)(raw).shape == co.Positive(0.125)(raw).shape == (3, 4)
+            co.optim.ProjectedAdam([raw.requires_grad_()])
+            with pytest.raises(ValueError, match="no number strictly between"):
+                co.bounded(raw, 1.0, 1.0 + 1e-10)
+            with pytest.raises(ValueError, match="lower must be less than upper"):
+                co.Bounded(1.0, 0.0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
