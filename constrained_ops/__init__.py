@@ -4,7 +4,7 @@ from . import _library, optim
 from ._info import build_info
 from ._library import backend
 from .bounded import bounded, bounded_inverse
-from .parametrizations import Bounded, Positive, Simplex
+from .parametrizations import Bounded, Positive, Simplex, register_constraint
 from .positive import positive, positive_inverse
 from .projection import project_simplex
 from .simplex import simplex, simplex_inverse
@@ -21,6 +21,7 @@ __all__ = [
     "positive",
     "positive_inverse",
     "project_simplex",
+    "register_constraint",
     "simplex",
     "simplex_inverse",
 ]

@@ -47,7 +47,8 @@ class Box:
         def rounded(bound: Bound) -> Bound:
             if isinstance(bound, Tensor):
                 return bound.to(dtype).to(bound.dtype)
-            return torch.tensor(bound, dtype=torch.float64).to(dtype).item()
+            with _checks.real_tensors():
+                return torch.tensor(bound, dtype=torch.float64).to(dtype).item()
 
         return replace(self, lower=rounded(self.lower), upper=rounded(self.upper))
 
@@ -167,6 +168,9 @@ class ConstraintModule(nn.Module):
     def record(self) -> Record:
         raise NotImplementedError
 
+    def right_inverse(self, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
 
 def interpret(op: str, given: Any) -> Record | None:
     """The record of a constraint; ``None`` where every value is allowed.
@@ -212,4 +216,4 @@ def _record(op: str, given: Any) -> Record | None:
 
 def _number(bound: Any) -> Any:
     """Bounds of one element as floats, which suit every shape and device."""
-    return bound.item() if isinstance(bound, Tensor) and bound.dim() == 0 else bound
+    return bound.item() if isinstance(bound, Tensor) and bound.dim() == 0 and not bound.is_meta else bound
