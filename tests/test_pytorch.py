@@ -372,15 +372,6 @@ def test_strict_export() -> None:
     torch.testing.assert_close(exported.module()(), exported.module()())
 
 
-def test_backward_twice_needs_retain_graph_as_ever() -> None:
-    raw = leaf(3)
-    x = co.bounded(raw, 0.0, 1.0)
-    x.sum().backward(retain_graph=True)
-    x.sum().backward()
-    with pytest.raises(RuntimeError, match="backward through the graph a second time"):
-        x.sum().backward()
-
-
 def test_backend_override() -> None:
     raw = torch.randn(4)
     before = co.build_info()["backends"]
