@@ -121,10 +121,14 @@ def _expanded(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -
     """``operand`` with raw's shape, in its compute dtype."""
     if operand.device != raw.device:
         raise ValueError(f"{op}: {argument} is on {operand.device}, {name} on {raw.device}")
+    if operand.dtype != (compute := compute_dtype(raw.dtype)):
+        operand = operand.to(compute)
+    if operand.shape == raw.shape:  # expand() costs a small tensor as much as its kernel
+        return operand
     if not _expands_to(operand.shape, raw.shape):
         shapes = f"{argument} has shape {tuple(operand.shape)}, {name} {tuple(raw.shape)}"
         raise ValueError(f"{op}: {argument} must broadcast to the shape of {name}; {shapes}")
-    return operand.to(compute_dtype(raw.dtype)).expand(raw.shape)
+    return operand.expand(raw.shape)
 
 
 def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch._dynamo.testing
 from conftest import DEVICE
 from torch import Tensor
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 
 import constrained_ops as co
 from constrained_ops import _library
@@ -83,6 +83,17 @@ def test_kernels_are_what_gradgradcheck_sees(function: Any) -> None:
     by_kernel = torch.autograd.grad(loss, raw, retain_graph=True)[0]
     by_formula = torch.autograd.grad(loss, raw, create_graph=True)[0]
     torch.testing.assert_close(by_kernel, by_formula, rtol=1e-12, atol=1e-13)
+
+
+@everywhere
+def test_forward_mode_where_gradients_are_off(function: Any) -> None:
+    raw, tangent = torch.randn(2, 3, 4, dtype=F64, device=DEVICE)
+    _, expected = torch.func.jvp(function, (raw,), (tangent,))
+    with torch.no_grad(), forward_ad.dual_level():
+        along = forward_ad.unpack_dual(first(function(forward_ad.make_dual(raw, tangent)))).tangent
+    torch.testing.assert_close(along, first(expected))
+    with torch.no_grad():
+        torch.testing.assert_close(first(function(raw)), first(function(raw.clone().requires_grad_())))
 
 
 @pytest.mark.parametrize("function", INVERSES.values(), ids=INVERSES)
