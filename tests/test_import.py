@@ -14,12 +14,8 @@ print(time.process_time() - start, *{name.partition(".")[0] for name in set(sys.
 
 
 def test_import_is_fast_and_needs_no_other_package() -> None:
-    """At most 0.3 s of CPU time over torch's own seconds; Triton and all that is optional is imported by what needs it."""
-    seconds, brought = [], set()
-    for _ in range(3):
-        outcome = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-        first, *names = outcome.stdout.split()
-        seconds.append(float(first))
-        brought.update(names)
-    assert min(seconds) < 0.3
+    """At most 0.3 s of CPU time over torch's own seconds; Triton and all that is optional waits until it is needed."""
+    outcome = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
+    seconds, *brought = outcome.stdout.split()
+    assert float(seconds) < 0.3
     assert {name for name in brought if not name.startswith("__editable__")} == {"constrained_ops"}
