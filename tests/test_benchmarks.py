@@ -47,7 +47,7 @@ def test_peers_that_differ_are_not_timed(benchmarks):
 
 def test_steps_of_all_peers_agree_and_a_wrong_one_is_found(benchmarks):
     bench_steps, harness = import_module("benchmarks.bench_steps"), import_module("benchmarks.harness")
-    for job in bench_steps.JOBS:
+    for job in [*bench_steps.JOBS, *import_module("benchmarks.bench_parametrize").JOBS]:
         steps = job.steps((6, 8), "cpu", with_compile=False)
         assert list(steps)[-2:] == ["constrained_ops", "copy_"] and len(steps) >= 3
     peers = {"Adam": bench_steps.adam_and(lambda *_: None), **bench_steps.box_peers(None, -1.0, 0.25)}
