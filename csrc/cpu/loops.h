@@ -73,7 +73,8 @@ inline RowUnits projection_units(const RowLayout& layout, bool forward) {
   return {layout, layout.inner > 1 ? 1024 : forward ? 1024 : 32};
 }
 
-enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
+// forward_inverse: with the inverses of weights, of float and double.
+enum class Projection { forward, forward_weighted, forward_inverse, backward, backward_weighted, backward_to_weight };
 
 struct ProjectionCall {
   RowLayout layout;

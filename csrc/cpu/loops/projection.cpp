@@ -10,19 +10,20 @@ namespace {
 
 // The kernels as types, for a template argument each, on operands of the compute type; inputs and outputs in the order
 // of ProjectionCall. Results may take their inputs' place: output i that of input `place[i]`.
-template <bool weighted>
+template <Weight W>
 struct ForwardRows {
   static constexpr bool forward = true;
-  static constexpr int inputs = 1 + weighted, outputs = 1;
+  static constexpr Weight weight = W;
+  static constexpr int inputs = 1 + weighted<W>, outputs = 1;
   static constexpr int place[] = {0};
   template <typename T>
   static void row(int64_t length, const T* const* in, T* const* out, T total, ProjectionScratch& scratch) {
-    project_row<weighted>(length, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
+    project_row<W>(length, in[0], weighted<W> ? in[inputs - 1] : nullptr, out[0], total, scratch);
   }
   template <typename T>
   static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T total,
                       ProjectionScratch& scratch) {
-    project_columns<weighted>(length, stride, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
+    project_columns<W>(length, stride, in[0], weighted<W> ? in[inputs - 1] : nullptr, out[0], total, scratch);
   }
 };
 
@@ -54,20 +55,21 @@ struct BackwardRows {
 
 // Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
 // converted.
-constexpr int64_t shortest_side_by_side = 256, shortest_weighted_side_by_side = 48;
+template <Weight W>
+constexpr int64_t shortest_side_by_side = W == Weight::given ? 48 : 256;
 
-template <bool weighted, typename Storage>
+template <Weight W, typename Storage>
 void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr bool converted = !std::is_same_v<Storage, T>;
   const int64_t length = call.layout.length;
-  RowsProjection<weighted, T> project(length);
+  RowsProjection<W, T> project(length);
   const std::unique_ptr<T[]> memory(new T[converted ? 3 * lanes * length : 0]);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit * lanes, rows = std::min(lanes, call.layout.outer - row), n = rows * length;
     const T* in[2] = {};
-    for (int i = 0; i < 1 + weighted; ++i) {
+    for (int i = 0; i < 1 + weighted<W>; ++i) {
       const Storage* from = static_cast<const Storage*>(call.inputs[i]) + row * length;
       if constexpr (converted) {
         T* to = memory.get() + i * lanes * length;
@@ -89,26 +91,26 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
 }
 
 // Rows in tiles that are padded: to n numbers, the power of two next to `length`, or to whole blocks.
-template <int n, bool weighted, typename Storage>
+template <int n, Weight W, typename Storage>
 void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
-  if constexpr (n < most_sorted<weighted>)
-    if (length > n) return run_sorted<2 * n, weighted, Storage>(call, units, begin, end);
+  if constexpr (n < most_sorted<W>)
+    if (length > n) return run_sorted<2 * n, W, Storage>(call, units, begin, end);
   const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
-  const Tiles<T> tiles(1 + weighted, padded);
-  T *const x = tiles.at(0), *const weight = weighted ? tiles.at(1) : nullptr;
+  const Tiles<T> tiles(1 + weighted<W>, padded);
+  T *const x = tiles.at(0), *const weight = weighted<W> ? tiles.at(1) : nullptr;
   std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
-  if (weighted) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
+  if (weighted<W>) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     rows.load(static_cast<const Storage*>(call.inputs[0]), x);
-    if (weighted) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
+    if (weighted<W>) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
     if (unit + 1 < end)
-      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, 1 + weighted, call.outputs, 1);
-    if constexpr (weighted)
-      project_sorted<n>(length, x, weight, T(call.total));
+      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, 1 + weighted<W>, call.outputs, 1);
+    if constexpr (weighted<W>)
+      project_sorted<n, W>(length, x, weight, T(call.total));
     else if (length <= n)
       project_sorted<n>(length, x, T(call.total));
     else
@@ -122,10 +124,10 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
   if constexpr (Rows::forward) {
-    constexpr bool weighted = Rows::inputs == 2;
-    if (call.layout.inner == 1 && length >= (weighted ? shortest_weighted_side_by_side : shortest_side_by_side))
-      return run_side_by_side<weighted, Storage>(call, begin, end);
-    if (!weighted || length <= most_sorted<true>) return run_sorted<2, weighted, Storage>(call, units, begin, end);
+    constexpr Weight W = Rows::weight;
+    if (call.layout.inner == 1 && length >= shortest_side_by_side<W>)
+      return run_side_by_side<W, Storage>(call, begin, end);
+    if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
   }
   const Tiles<T> tiles(Rows::inputs, length);
   ProjectionScratch scratch(length);
@@ -255,9 +257,12 @@ ProjectionLoop pick_loop(Dtype dtype) {
 ProjectionLoop projection_loop(Projection kernel, Dtype dtype) {
   switch (kernel) {
     case Projection::forward:
-      return pick_loop<ForwardRows<false>>(dtype);
+      return pick_loop<ForwardRows<Weight::none>>(dtype);
     case Projection::forward_weighted:
-      return pick_loop<ForwardRows<true>>(dtype);
+      return pick_loop<ForwardRows<Weight::given>>(dtype);
+    case Projection::forward_inverse:
+      return dtype == Dtype::float64 ? run<ForwardRows<Weight::inverse>, double>
+                                     : run<ForwardRows<Weight::inverse>, float>;
     case Projection::backward:
       return pick_loop<BackwardRows<false, false>>(dtype);
     case Projection::backward_weighted:

@@ -10,9 +10,9 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-template <bool weighted>
-constexpr int most_sorted = weighted ? 8 : 16;  // elements of a row
-constexpr int64_t sorted_block = 8;             // of longer rows
+template <Weight W>
+constexpr int most_sorted = weighted<W> ? 8 : 16;  // elements of a row
+constexpr int64_t sorted_block = 8;                // of longer rows
 
 // Batcher's odd-even merge sort of n numbers, as pairs to compare.
 template <int n>
@@ -140,7 +140,7 @@ CO_HD void put_larger_first(WeightedElement<V>& a, WeightedElement<V>& b) {
 }
 
 // The same with weights, which are padded with 1.
-template <int n, typename T>
+template <int n, Weight W, typename T>
 [[gnu::noinline]] void project_sorted(int64_t length, T* tile, const T* weight, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
@@ -151,8 +151,9 @@ template <int n, typename T>
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k) {
       x[k].z = load(column + k * lanes);
-      u[k] = x[k].c = load(weight + lane + k * lanes);
-      bound = larger(bound, projection_bound<true>(x[k].z, u[k], total));
+      u[k] = load(weight + lane + k * lanes);
+      x[k].c = W == Weight::inverse ? T(1) / u[k] : u[k];
+      bound = larger(bound, lower_bound<W>(x[k].z, u[k], total));
     }
     const V anchor = Ascent<V>::template from<true>(bound, total).anchor;
 #pragma GCC unroll 8
@@ -212,7 +213,7 @@ template <typename T>
     if (any(at[0].left > V{}) || any(at[1].left > V{})) {
       const T* const x = columns;
       ProjectionBlocks<false, T> blocks(length, lanes, {x, x}, {nullptr}, {});
-      ascend<false, false>(blocks, total, scratch.live(), at);
+      ascend<Weight::none, false>(blocks, total, scratch.live(), at);
     }
     V sum[2] = {};
     const auto each = [=](const auto& change) CO_INLINE {
@@ -221,7 +222,7 @@ template <typename T>
     };
     each([&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
-      const V y = projection_value(rest_at<false>(at[v], total, load(p), u));
+      const V y = projection_value(rest_at<Weight::none>(at[v], total, load(p), u));
       store(p, y);
       sum[v] += y;
     });

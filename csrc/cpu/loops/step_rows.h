@@ -176,9 +176,13 @@ template <typename T>
   }
   for (int64_t o = 0; o < outer; ++o, d += length * inner) {
     if (inner == 1 && length < 8) {
-      T top = d[0];
-      for (int64_t k = 1; k < length; ++k) top = adam_larger(top, d[k]);
-      for (int64_t k = 0; k < length; ++k) d[k] = adam_larger(d[k], adam_floor<T> * top);
+      T top = 0, sum = 0;
+      for (int64_t k = 0; k < length; ++k) {
+        top = d[k] > top ? d[k] : top;
+        sum += d[k];
+      }
+      const T floor = adam_floor<T> * (sum == sum ? top : sum);
+      for (int64_t k = 0; k < length; ++k) d[k] = d[k] > floor ? d[k] : floor;
       continue;
     }
     if (inner == 1) {
@@ -206,11 +210,16 @@ template <typename T>
   }
 }
 
+// Where Adam goes, y. Its metric d becomes its inverse.
 template <typename T>
-[[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, const T* __restrict d,
+[[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, T* __restrict d,
                                    const T* __restrict x, T* __restrict y) {
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) y[i] = adam_target(adam, x[i], m[i], d[i]);
+  for (int64_t i = 0; i < n; ++i) {
+    const T u = T(1) / d[i];
+    y[i] = adam_target(adam, x[i], m[i] * u, T(1));
+    d[i] = u;
+  }
 }
 
 template <typename Storage, typename State>
@@ -220,7 +229,7 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
   const auto adam = numbers.adam.as<T>();
   const StepScratch<T> scratch(slot, blocks, 8);
   const auto project =
-      projection_loop(numbers.euclidean ? Projection::forward : Projection::forward_weighted, dtype_of<T>);
+      projection_loop(numbers.euclidean ? Projection::forward : Projection::forward_inverse, dtype_of<T>);
   const auto metric = slot.max_exp_avg_sq ? metric_loop<true, T> : metric_loop<false, T>;
   for (int64_t index = begin; index < end; ++index) {
     const StepBlock block(slot.rows, blocks, index);
