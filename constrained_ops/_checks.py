@@ -53,10 +53,12 @@ def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None
     for argument, bound in (("lower", lower), ("upper", upper)):
         if math.isfinite(bound) and abs(bound) > torch.finfo(compute).max:
             raise ValueError(f"{op}: {argument} overflows {compute}, got lower={lower} and upper={upper}")
-    smallest, largest = inside(torch.tensor(lower, dtype=compute), torch.tensor(upper, dtype=compute), dtype)
+    # On the CPU whatever the default device: what is asked here must not wait for a GPU.
+    low, high, width = torch.tensor([lower, upper, upper - lower], dtype=compute, device="cpu")
+    smallest, largest = inside(low, high, dtype)
     if not smallest <= largest:
         raise ValueError(f"{op}: {dtype} has no number strictly between lower={lower} and upper={upper}")
-    if math.isinf(torch.tensor(upper - lower, dtype=compute).item()) and math.isfinite(lower) and math.isfinite(upper):
+    if math.isinf(width.item()) and math.isfinite(lower) and math.isfinite(upper):
         raise ValueError(f"{op}: upper - lower overflows {compute}, got lower={lower} and upper={upper}")
 
 

@@ -47,7 +47,7 @@ class Box:
         def rounded(bound: Bound) -> Bound:
             if isinstance(bound, Tensor):
                 return bound.to(dtype).to(bound.dtype)
-            return torch.tensor(bound, dtype=torch.float64).to(dtype).item()
+            return torch.tensor(bound, dtype=torch.float64, device="cpu").to(dtype).item()
 
         return replace(self, lower=rounded(self.lower), upper=rounded(self.upper))
 

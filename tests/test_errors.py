@@ -286,6 +286,7 @@ def test_the_backend_is_what_it_was_after_an_error() -> None:
 DIFFERENTIABLE = ["bounded", "bounded with tensors", "positive", "positive exp", "simplex"]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_a_second_backward_without_retain_graph_gets_the_message_of_pytorch(call: str) -> None:
     raw = torch.randn(3, requires_grad=True)
@@ -295,6 +296,7 @@ def test_a_second_backward_without_retain_graph_gets_the_message_of_pytorch(call
         loss.backward()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_a_raw_changed_in_place_before_backward_gets_the_message_of_pytorch(call: str) -> None:
     leaf = torch.randn(3, requires_grad=True)
@@ -335,6 +337,7 @@ def all_orders(call: str, raw: Tensor) -> tuple[Tensor, ...]:
     return x.detach(), first.detach(), second
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> None:
@@ -345,6 +348,7 @@ def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> No
         torch.testing.assert_close(got, want.reshape(raw.shape), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_empty_tensors_give_empty_results(call: str, shape: tuple[int, ...]) -> None:
@@ -353,6 +357,7 @@ def test_empty_tensors_give_empty_results(call: str, shape: tuple[int, ...]) -> 
     assert all(result.shape == shape for result in all_orders(call, torch.empty(shape)))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_log_det_has_the_layout_of_the_value(layout: str) -> None:
     raw = LAYOUTS[layout]()
@@ -365,6 +370,7 @@ def test_a_log_det_has_the_layout_of_the_value(layout: str) -> None:
         torch.testing.assert_close(log_det, call(raw.contiguous())[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("lower_shape", "upper_shape"), [((), (4,)), ((3, 1), (1, 4)), ((1,), (2, 3, 4)), ((2, 1, 1), ())], ids=str
 )

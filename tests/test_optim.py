@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.nn import Parameter
 
 import constrained_ops as co
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _plans
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
 from constrained_ops.optim._reference import FLOOR
 
 OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
@@ -36,11 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["reference", *(name for name, device in _plans._plans if device == "cpu")], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every implementation that serves the CPU takes every test."""
-    with co.backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")  # every implementation takes every test
 
 
 @pytest.fixture(params=OPTIONS)
@@ -120,25 +116,32 @@ def test_sixteen_bits_have_state_in_float32_unless_told_otherwise(dtype: torch.d
 # --- Boxes: Adam, then clamp ------------------------------------------------------------------------------------------
 
 INF = float("inf")
-LOWER = torch.tensor([-0.5, -INF, 0.0, -INF])
-UPPER = torch.tensor([0.5, 0.25, INF, INF])
-COLUMN = torch.tensor([[-0.5], [0.0], [0.25]])
-BOXES: dict[str, tuple[Any, Any, Any]] = {  # constraint, lower, upper
-    "interval": (constraints.interval(-0.5, 0.25), -0.5, 0.25),
-    "unit interval": (constraints.unit_interval, 0.0, 1.0),
-    "nonnegative": (constraints.nonnegative, 0.0, INF),
-    "greater than": (constraints.greater_than(-0.25), -0.25, INF),
-    "less than": (constraints.less_than(0.125), -INF, 0.125),
-    "independent": (constraints.independent(constraints.interval(0.0, 0.5), 1), 0.0, 0.5),
-    "tensors": (constraints.interval(LOWER, UPPER), LOWER, UPPER),
-    "a tensor and a float": (co.Bounded(COLUMN, 0.5), COLUMN, 0.5),
-    "positive": (co.Positive(0.125), 0.125, INF),
-}
 
 
-@pytest.mark.parametrize("box", BOXES)
+def tensor_bounds() -> tuple[Tensor, Tensor]:
+    return torch.tensor([-0.5, -INF, 0.0, -INF]), torch.tensor([0.5, 0.25, INF, INF])
+
+
+def boxes() -> dict[str, tuple[Any, Any, Any]]:
+    """Constraint, lower, upper."""
+    lower, upper = tensor_bounds()
+    column = torch.tensor([[-0.5], [0.0], [0.25]])
+    return {
+        "interval": (constraints.interval(-0.5, 0.25), -0.5, 0.25),
+        "unit interval": (constraints.unit_interval, 0.0, 1.0),
+        "nonnegative": (constraints.nonnegative, 0.0, INF),
+        "greater than": (constraints.greater_than(-0.25), -0.25, INF),
+        "less than": (constraints.less_than(0.125), -INF, 0.125),
+        "independent": (constraints.independent(constraints.interval(0.0, 0.5), 1), 0.0, 0.5),
+        "tensors": (constraints.interval(lower, upper), lower, upper),
+        "a tensor and a float": (co.Bounded(column, 0.5), column, 0.5),
+        "positive": (co.Positive(0.125), 0.125, INF),
+    }
+
+
+@pytest.mark.parametrize("box", boxes())
 def test_boxes_are_adam_and_clamp(box: str, dtype: torch.dtype) -> None:
-    constraint, lower, upper = BOXES[box]
+    constraint, lower, upper = boxes()[box]
     lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in (lower, upper))
     start = torch.randn(3, 4).double().clamp(lower, upper).to(dtype)
     p, oracle = Parameter(start.clone()), Adam(lr=0.05)
@@ -295,27 +298,26 @@ def test_in_a_box_the_optimum_is_reached() -> None:
 # --- The reparametrised step: autograd through the transform, and Adam on raw -----------------------------------------
 
 ROWS, COLUMNS = 3, 4
-TRANSFORMS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
-    "both bounds": (constraints.interval(-1.0, 2.5), lambda raw: co.bounded(raw, -1.0, 2.5)),
-    "lower": (constraints.positive, co.positive),
-    "upper": (constraints.less_than(3.0), lambda raw: co.bounded(raw, -INF, 3.0)),
-    "tensors": (
-        constraints.interval(LOWER, UPPER),
-        lambda raw: co.bounded(raw, LOWER.to(raw.device), UPPER.to(raw.device)),
-    ),
-    "exp": (co.Positive(0.5, kind="exp"), lambda raw: co.positive(raw, 0.5, kind="exp")),
-    "exp with a tensor": (
-        co.Positive(torch.arange(4.0), kind="exp"),
-        lambda raw: co.positive(raw, torch.arange(4.0), kind="exp"),
-    ),
-    "simplex": (constraints.simplex, co.simplex),
-    "simplex, dim 0": (co.Simplex(0), lambda raw: co.simplex(raw, 0)),
-}
 
 
-@pytest.fixture(params=TRANSFORMS)
-def transform(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    return TRANSFORMS[request.param]
+def transforms() -> dict[str, tuple[Any, Callable[[Tensor], Tensor]]]:
+    lower, upper = tensor_bounds()
+    ramp = torch.arange(4.0)
+    return {
+        "both bounds": (constraints.interval(-1.0, 2.5), lambda raw: co.bounded(raw, -1.0, 2.5)),
+        "lower": (constraints.positive, co.positive),
+        "upper": (constraints.less_than(3.0), lambda raw: co.bounded(raw, -INF, 3.0)),
+        "tensors": (constraints.interval(lower, upper), lambda raw: co.bounded(raw, lower, upper)),
+        "exp": (co.Positive(0.5, kind="exp"), lambda raw: co.positive(raw, 0.5, kind="exp")),
+        "exp with a tensor": (co.Positive(ramp, kind="exp"), lambda raw: co.positive(raw, ramp, kind="exp")),
+        "simplex": (constraints.simplex, co.simplex),
+        "simplex, dim 0": (co.Simplex(0), lambda raw: co.simplex(raw, 0)),
+    }
+
+
+@pytest.fixture(params=transforms())
+def transform(backend: str, request: pytest.FixtureRequest) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    return transforms()[request.param]
 
 
 @pytest.mark.parametrize(

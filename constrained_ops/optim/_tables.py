@@ -101,7 +101,7 @@ class TablePlan(ABC):
         work, items = self._work()
         self._tables = Tables(
             slots=self._send(_words(b"".join(records)).view(-1, SLOT_WORDS)),
-            grads=self._send(torch.zeros(len(slots), dtype=torch.int64)),
+            grads=self._send(torch.zeros(len(slots), dtype=torch.int64, device="cpu")),
             groups=self._send(torch.zeros(self._groups, GROUP_WORDS, dtype=torch.int64)),
             work=self._send(torch.tensor(work, dtype=torch.int64).view(-1, WORK_WORDS)),
             progress=self._send(torch.tensor([[0, n] for n in items], dtype=torch.int32)),
@@ -171,7 +171,7 @@ class TablePlan(ABC):
 
     def _capture(self, grads: list[int], groups: bytes) -> Tables:
         """Tables of the graph's own: it copies them anew in each replay, from host memory that is never changed."""
-        words = torch.cat([torch.tensor(grads, dtype=torch.int64), _words(groups)])
+        words = torch.cat([torch.tensor(grads, dtype=torch.int64, device="cpu"), _words(groups)])
         staging, self._staging = self._staging, None
         staging = (_pinned(words.numel()) if staging is None else staging).copy_(words)
         table = staging.to(self.device, non_blocking=True)
@@ -305,16 +305,20 @@ def _first(bound: Bound) -> float:
 
 
 def _words(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
+    return (
+        torch.frombuffer(bytearray(data), dtype=torch.int64)
+        if data
+        else torch.zeros(0, dtype=torch.int64, device="cpu")
+    )
 
 
 def _host(values: list[int] | list[float] | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On the CPU, where a copy to the device need not wait. PyTorch keeps the memory until the copy is done."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _pinned(numel: int) -> Tensor:
-    return torch.empty(numel, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    return torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 def _power_of_two(n: int) -> int:
