@@ -55,3 +55,39 @@ def test_steps_of_all_peers_agree_and_a_wrong_one_is_found(benchmarks):
     with pytest.raises(AssertionError, match=r"wrong \(8,\): fused, clamp_ and Adam differ"):
         wrong.steps((8,), "cpu", with_compile=False)
     assert harness.OURS in peers
+
+
+def test_a_case_that_fails_is_told_and_the_others_run(benchmarks, tmp_path, capsys):
+    harness = import_module("benchmarks.harness")
+    jobs = [
+        harness.Job(name, "", shapes=[(8,)], peers={"eager": torch.sigmoid, "constrained_ops": peer}, moved=(2, 3))
+        for name, peer in (("wrong", torch.tanh), ("right", torch.sigmoid))
+    ]
+    with (tmp_path / "results.csv").open("w+", newline="") as file:
+        assert harness.run(jobs, "cpu", True, False, file) == 1
+        file.seek(0)
+        assert {row["job"] for row in csv.DictReader(file)} == {"right"}
+        assert harness.run(jobs, "cpu", True, False, file, seconds=-1.0) == 0
+    out = capsys.readouterr().out
+    assert "wrong (8,) failed" in out and "constrained_ops and eager differ" in out
+    assert "2 of 2 cases were left out" in out
+
+
+def test_shapes_on_a_gpu_are_beyond_its_cache(benchmarks):
+    harness = import_module("benchmarks.harness")
+    assert harness.on_gpu((1024,), 0) == (1024,)
+    assert harness.on_gpu((2**18, 4), 0) == (2**24, 4)
+    assert harness.on_gpu((32, 2**15), 1) == (32, 2**21)
+    assert harness.on_gpu((2**24,), 0) == (2**28,)
+    job = benchmarks.JOBS["step_raw_many"]
+    assert job.chosen_shapes(True, "cuda") == job.chosen_shapes(True, "cpu") == [(200, 64)]
+
+
+def test_pictures(benchmarks, tmp_path):
+    plots = import_module("benchmarks.plots")
+    path = tmp_path / "results.csv"
+    benchmarks.main(["--only", "step_box_many", "--quick", "--device", "cpu", "--csv", str(path)])
+    assert plots.main([str(path), str(tmp_path)]) == 0
+    assert (tmp_path / "step_box_many.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text("job,shape\n")
+    assert plots.main([str(path), str(tmp_path)]) == 1

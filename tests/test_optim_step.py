@@ -87,7 +87,7 @@ def two_threads() -> Iterator[None]:
 class Pair:
     """Two optimizers over equal parameters: one takes the compiled step, the other that of the reference."""
 
-    backends: tuple[str, str]
+    backends = ("cpu", "reference")
 
     def __init__(self, kind: type[Any], starts: list[Tensor], given: list[Any], **options: Any) -> None:
         self.params = [[Parameter(start.clone()) for start in starts] for _ in range(2)]
