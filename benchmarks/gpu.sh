@@ -87,7 +87,7 @@ pytest() {
 }
 
 in_parallel() { # the options of pytest-xdist, where that is installed
-  "$python" -c 'import xdist' 2>/dev/null && echo "-n$jobs --dist=worksteal"
+  [ "$jobs" -gt 1 ] && "$python" -c 'import xdist' 2>/dev/null && echo "-n$jobs --dist=worksteal"
 }
 
 elsewhere=(--ignore=tests/test_cuda_compile.py --ignore=tests/test_triton_compile.py --ignore=tests/test_distributed.py)
@@ -107,17 +107,19 @@ stage_gpu() { # streams, CUDA graphs, more than 2^31 elements: one process, whic
 
 stage_triton() {
   [ -z "$quick$gpu" ] || needs_gpu triton || return
-  local which=(tests "${elsewhere[@]}")
+  local which=(tests "${elsewhere[@]}" --ignore=tests/test_gpu.py) status=0
   [ -z "$quick" ] || which=(tests/test_backends.py)
   # shellcheck disable=SC2046
-  pytest $(in_parallel) "${which[@]}" -k "triton"
+  pytest $(in_parallel) "${which[@]}" -k "triton" || status=$?
+  [ -z "$gpu" ] || pytest tests/test_gpu.py -k "triton" || status=$?
+  return $status
 }
 
 stage_sanitize() { # four at a time: each is busy with one processor
   needs_gpu sanitize || return
   type -P compute-sanitizer || { skip sanitize "no compute-sanitizer"; return; }
-  local subset='cuda and (float32 or bfloat16) and (elementwise or simplex or projection or small or launch or supports)'
-  subset+=' and not transposed and not expanded'
+  local subset='cuda and (small or float32 or bfloat16) and not transposed and not expanded'
+  subset+=' and (small or elementwise or simplex or projection or launch or supports)'
   [ -z "$quick" ] || subset='cuda and small'
   local only=()
   for option in --kernel-name --kernel-regex; do

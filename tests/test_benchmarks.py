@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import constrained_ops as co
 
@@ -91,3 +95,26 @@ def test_pictures(benchmarks, tmp_path):
     assert (tmp_path / "step_box_many.png").read_bytes().startswith(b"\x89PNG")
     path.write_text("job,shape\n")
     assert plots.main([str(path), str(tmp_path)]) == 1
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there it is the script that runs the tests")
+@pytest.mark.parametrize("fails", [False, True], ids=["sound", "with a failure"])
+def test_the_script_for_gpus_runs_without_one(fails, tmp_path):
+    """It skips what needs a GPU; a stage that fails keeps no other from running, and is not forgotten."""
+    python = tmp_path / "python"
+    planted = 'case "$*" in *constrained_ops\\ demo*) exit 3;; esac' if fails else ""
+    python.write_text(f'#!/bin/sh\n{planted}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    names = "gpu,demo,kernels" if fails else "gpu,demo"
+    command = [script, "--quick", "--stages", names, "--output", tmp_path / "results"]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == fails, done.stdout + done.stderr
+    first, *stages, last = (tmp_path / "results" / "summary.txt").read_text().splitlines()
+    assert first.endswith("no GPU")
+    told = [line.split()[:2] for line in stages]
+    if not fails:
+        assert told == [["skipped", "gpu:"], ["ok", "demo"]] and last.startswith("all is well")
+        return
+    assert told == [["skipped", "gpu:"], ["ok", "kernels"], ["FAILED", "demo"]] and last.startswith("something failed")
+    assert (tmp_path / "results" / "kernels.csv").read_text().count("\n") > 40
