@@ -159,12 +159,17 @@ def short(kernel: str) -> str:
 
 
 def summarize(path: Path) -> int:
-    """Print what ``ncu --csv --page raw --print-units base`` wrote; returns how many launches it saw."""
+    """Print what ``ncu --csv --print-units base`` wrote; returns how many launches it saw."""
     lines = path.read_text(errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
-    launches = [row for row in csv.DictReader(lines[start:]) if row["ID"].strip().isdigit()]
+    launches: dict[int, dict[str, str]] = {}
+    for row in csv.DictReader(lines[start:]):
+        if row["ID"].strip().isdigit():  # and not the row of units
+            launch = launches.setdefault(int(row["ID"]), row)
+            if "Metric Name" in row:  # a row for each metric, and not a column
+                launch[row["Metric Name"]] = row["Metric Value"]
     print(" ".join(f"{name:>10}" for name in METRICS.values()), "      GB/s  kernel")
-    for row in launches:
+    for row in launches.values():
         values = [float((row.get(metric) or "nan").replace(",", "")) for metric in METRICS]
         shown = " ".join(f"{value:>10,.1f}" if value % 1 else f"{value:>10,.0f}" for value in values)
         print(shown, f"{values[1] / values[0]:>10,.0f}  {short(row['Kernel Name'])[:150]}")

@@ -97,6 +97,35 @@ def test_pictures(benchmarks, tmp_path):
     assert plots.main([str(path), str(tmp_path)]) == 1
 
 
+KERNEL = (
+    "void constrained_ops::<unnamed>::row_kernel<float, constrained_ops::Project<float, (bool)0>>(Operands<2>, int)"
+)
+AS_COLUMNS = f"""==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","CC","dram__bytes.sum","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","","byte","ns","register/thread"
+"0","7","{KERNEL}","9.0","3,000,000.00","1,000.0","40"
+"""
+AS_ROWS = f"""==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","CC","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","{KERNEL}","9.0","Command line","dram__bytes.sum","byte","3,000,000.00"
+"0","7","{KERNEL}","9.0","Command line","gpu__time_duration.sum","ns","1,000.0"
+"0","7","{KERNEL}","9.0","Command line","launch__registers_per_thread","register/thread","40"
+"""
+
+
+@pytest.mark.parametrize("written", [AS_COLUMNS, AS_ROWS], ids=["columns", "rows"])
+def test_what_nsight_compute_saw(benchmarks, written, tmp_path, capsys):
+    kernels = import_module("benchmarks.kernels")
+    path = tmp_path / "ncu.csv"
+    path.write_text(written)
+    assert kernels.main(["--ncu", str(path)]) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split()[0] == "ns"
+    assert line.split()[:2] == ["1,000", "3,000,000"] and "3,000  row_kernel<float, Project<float, (bool)0>>" in line
+    path.write_text("==ERROR== no kernels were profiled\n")
+    assert kernels.main(["--ncu", str(path)]) == 1
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="there it is the script that runs the tests")
 @pytest.mark.parametrize("fails", [False, True], ids=["sound", "with a failure"])
 def test_the_script_for_gpus_runs_without_one(fails, tmp_path):
