@@ -85,6 +85,14 @@ def unaligned(t: Tensor) -> Tensor:
     return spacious[1:].view(t.shape)
 
 
+def test_operands_lie_as_they_did_on_another_device() -> None:
+    for layout in LAYOUTS:
+        t = layout(torch.randn(5, 3, 7))
+        there = moved(t, "meta")
+        assert there.is_meta and there.shape == t.shape
+        assert (there.stride(), there.storage_offset()) == (t.stride(), t.storage_offset())
+
+
 LAYOUTS = [contiguous, transposed, sliced, expanded, unaligned]
 BOUNDS = {
     "both": (-1.0, 2.5),

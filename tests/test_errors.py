@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 import constrained_ops as co
-from constrained_ops import _library
+from constrained_ops import _checks, _library
 
 INF = math.inf
 NAN = math.nan
@@ -387,6 +387,17 @@ def test_bounds_broadcast_and_get_gradients_of_their_own_shape(
     for got, want, of in zip(grad(x, inputs, weight), grad(plain, inputs, weight), inputs, strict=True):
         assert got.shape == of.shape
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("call", DIFFERENTIABLE)
+def test_the_default_device_does_not_matter(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.randn(5)
+    want = all_orders("bounded", raw) if "tensors" in call else all_orders(call, raw)
+    monkeypatch.setattr(_checks, "_accepted", set())  # as at the first call with these bounds
+    with torch.device("meta"):
+        x = co.bounded(raw, torch.zeros((), device="cpu"), 1.0) if "tensors" in call else CALLS[call](raw)
+    assert x.device == raw.device
+    torch.testing.assert_close(x, want[0])
 
 
 @pytest.mark.parametrize("call", ["bounded", "positive", "positive exp", "simplex"])
