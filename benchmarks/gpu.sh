@@ -226,6 +226,10 @@ run() { # NAME SECONDS: in a process of its own, which a timeout can end with al
 
 stage_environment >"$output/environment.txt" 2>&1
 note "$(date -u '+%Y-%m-%d %H:%M UTC'), $(git log -1 --format=%h 2>/dev/null), ${gpu:-no GPU}"
+if [ -z "$gpu" ] && nvidia-smi -L >/dev/null 2>&1; then
+  failed=1
+  note "FAILED   there is a GPU, but torch does not see it"
+fi
 for each in $stages; do
   name=${each%:*} left=0
   for other in $stages; do left=$((left + ${other#*:})); done
