@@ -378,7 +378,9 @@ def test_each_step_is_that_of_adam_on_raw(
         got = optimizer.state[x]["raw"]
         assert got.dtype == compute
         close(got, want, 2000, scale=1.0)  # Adam's first steps divide a derivative's rounding error by the derivative
-        close(x, forward(got.double()), 0.51 if torch.finfo(dtype).bits == 16 else 8, scale=0.1)
+        # Two units of |x| or of the distance to the nearer bound, whichever is larger (test_accuracy): about 1 here.
+        sixteen = torch.finfo(dtype).bits == 16
+        close(x, forward(got.double()), 0.51 if sixteen else 2, scale=0.1 if sixteen else 1.0)
         raw = got.double()
         oracle.m, oracle.v = optimizer.state[x]["exp_avg"].double(), optimizer.state[x]["exp_avg_sq"].double()
 
