@@ -92,6 +92,8 @@ def test_without_a_constraint_it_is_adam(kind: type[Any], options: dict[str, Any
             for name in ("exp_avg", "exp_avg_sq"):
                 state, wanted = optimizer.state[p][name], adam.state[q][name]
                 scale = torch.finfo(dtype).smallest_normal if sixteen else float(wanted.abs().max())
+                if sixteen and name == "exp_avg":  # where its terms cancel, what is left is the rounding of float32
+                    scale = 2 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps * float(wanted.abs().max())
                 close(state, wanted, 1 if sixteen else 100, scale)
                 if sixteen:
                     state.copy_(wanted)
