@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", choices=("cpu", "cuda"), default=default, help="(%(default)s)")
     parser.add_argument("--csv", type=Path, metavar="PATH", help="write the results there, too")
+    parser.add_argument("--seconds", type=float, default=math.inf, metavar="S", help="begin no case after that time")
     args = parser.parse_args(argv)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch sees no GPU")
@@ -39,8 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     jobs = [JOBS[name] for name in dict.fromkeys(args.only or JOBS)]
     with Path(args.csv or os.devnull).open("w", newline="") as file:
-        harness.run(jobs, args.device, args.quick, not args.no_compile, file)
-    return 0
+        failed = harness.run(jobs, args.device, args.quick, not args.no_compile, file, args.seconds)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ class ReadJob:
     shapes: Sequence[Shape]
     peers: Mapping[str, Callable[[], nn.Module]]
     moved: Sequence[int]
+    grows: int = 0
 
     chosen_shapes = Job.chosen_shapes
 

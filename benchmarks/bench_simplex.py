@@ -43,5 +43,6 @@ JOBS = [
         shapes=[(32, 32768)],
         peers={"eager": eager_dim0, OURS: ours_dim0},
         moved=MOVED,
+        grows=1,
     ),
 ]

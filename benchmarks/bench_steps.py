@@ -101,7 +101,7 @@ def sort_in_the_metric(params: list[Parameter], optimizer: torch.optim.Adam) -> 
     """The projection onto the simplex in Adam's metric, by sorting."""
     for y in params:
         state = optimizer.state[y]
-        d = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"].item())).sqrt() + 1e-8
+        d = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"])).sqrt() + 1e-8  # on a GPU the step is there, too
         falling, order = (d * y).sort(-1, descending=True)
         multipliers = (y.gather(-1, order).cumsum(-1) - 1) / d.reciprocal().gather(-1, order).cumsum(-1)
         last = (falling > multipliers).sum(-1, keepdim=True) - 1
@@ -119,7 +119,7 @@ class StepJob:
     moved: Sequence[int]
     start: Callable[[Tensor], Tensor] = torch.sigmoid
     several: bool = False
-    transform: Transform | None = None
+    grows: int = 0
 
     chosen_shapes = Job.chosen_shapes
 

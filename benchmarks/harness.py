@@ -4,6 +4,10 @@ One step of a peer is what training does: gradients set to None, forward, backwa
 A sample is as many steps in a row as last 2 ms; peers take their samples in turns, in a random order each round, so
 that whatever slows the machine down for a while slows all of them. The ceiling runs among them: ``copy_`` of the bytes
 that every pass must read and write at the least, into memory that is already there.
+
+On a GPU time is taken by events on the stream, which sees the gaps between small kernels as training does. Shapes of a
+million numbers and more are larger there than on a CPU, so that what a step moves does not fit into the L2 cache; where
+it does, a column says so.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ import re
 import statistics
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +39,7 @@ except ImportError:
 OURS, COMPILED, COPY = "constrained_ops", "torch.compile", "copy_"
 SAMPLE_SECONDS = 2e-3
 QUICK_LARGEST = 2**20
+GPU_FACTOR, GPU_LARGEST = 64, 2**28  # how much larger large shapes are on a GPU, and the most numbers in one
 
 Shape = tuple[int, ...]
 Step = Callable[[], tuple[Tensor, ...]]
@@ -41,6 +47,12 @@ Step = Callable[[], tuple[Tensor, ...]]
 
 def one_leaf(shape: Shape) -> list[Tensor]:
     return [torch.randn(shape)]
+
+
+def on_gpu(shape: Shape, grows: int) -> Shape:
+    numbers = math.prod(shape)
+    factor = min(GPU_FACTOR, GPU_LARGEST // numbers) if numbers >= QUICK_LARGEST else 1
+    return *shape[:grows], shape[grows] * factor, *shape[grows + 1 :]
 
 
 @dataclass(frozen=True)
@@ -55,11 +67,13 @@ class Job:
     leaves: Callable[[Shape], list[Tensor]] = one_leaf
     reference: str = "eager"  # the peer that the others must agree with, and that torch.compile compiles
     order: int = 1  # 2: backward through the gradient, which torch.compile cannot differentiate
+    grows: int = 0  # the dimension that is larger on a GPU
 
-    def chosen_shapes(self, quick: bool) -> list[Shape]:
+    def chosen_shapes(self, quick: bool, device: str) -> list[Shape]:
         """All shapes, or for a quick run the first and the last of moderate size."""
         moderate = [shape for shape in self.shapes if math.prod(shape) <= QUICK_LARGEST]
-        return moderate[:1] + moderate[1:][-1:] if quick else list(self.shapes)
+        shapes = moderate[:1] + moderate[1:][-1:] if quick else list(self.shapes)
+        return [on_gpu(shape, self.grows) for shape in shapes] if device == "cuda" else shapes
 
     def steps(self, shape: Shape, device: str, with_compile: bool) -> dict[str, Step]:
         return steps_of(self, shape, device, with_compile)
@@ -193,7 +207,13 @@ def machine(device: str) -> str:
     return model[1] if model else platform.processor() or platform.machine()
 
 
-def rows_of(job: Job, shape: Shape, timings: Mapping[str, Timing], rounds: int) -> list[dict[str, Any]]:
+def l2_cache(device: str) -> int:
+    """Its bytes; 0 on a CPU."""
+    return torch.cuda.get_device_properties().L2_cache_size if device == "cuda" else 0
+
+
+def rows_of(job: Job, shape: Shape, timings: Mapping[str, Timing], device: str, rounds: int) -> list[dict[str, Any]]:
+    moved = 4 * sum(job.moved) * math.prod(shape)
     return [
         {
             "job": job.name,
@@ -204,6 +224,9 @@ def rows_of(job: Job, shape: Shape, timings: Mapping[str, Timing], rounds: int) 
             "quartile3_us": round(1e6 * timing.quartile3, 3),
             "peer_to_ours": round(timing.median / timings[OURS].median, 4),
             "share_of_copy": round(timings[COPY].median / timing.median, 4),
+            "moved_bytes": moved,
+            "gb_per_s": round(moved / timing.median / 1e9, 2),
+            "fits_in_l2": moved < l2_cache(device),
             "samples": rounds,
             "steps_per_sample": timing.repeats,
         }
@@ -230,23 +253,40 @@ def progress(cases: Sequence[tuple[Job, Shape]]) -> Iterator[tuple[Job, Shape]]:
         yield job, shape
 
 
-def run(jobs: Sequence[Job], device: str, quick: bool, with_compile: bool, file: TextIO) -> None:
-    """Run the jobs; print a table for each, and write ``file`` as comma-separated values."""
+def run(
+    jobs: Sequence[Job], device: str, quick: bool, with_compile: bool, file: TextIO, seconds: float = math.inf
+) -> int:
+    """Run the jobs; print a table for each, and write ``file`` as comma-separated values.
+
+    After ``seconds`` no other case is begun. Returns how many cases failed, which does not keep others from running.
+    """
     say = tqdm.write if tqdm else print
+    end, failed, left_out = time.monotonic() + seconds, 0, 0
     info, rounds = co.build_info(), 9 if quick else 51
     facts = {"machine": machine(device), "backend": info["backends"][device], "threads": torch.get_num_threads()}
     facts |= {"torch": info["torch"], "constrained_ops": info["version"]}
+    facts |= {"l2_bytes": l2_cache(device)} if device == "cuda" else {}
     say(", ".join(f"{name} {value}" for name, value in facts.items()))
     if facts["backend"] == "reference":
         say(f"warning: no compiled kernels beside {co.__file__}: constrained_ops is plain PyTorch here")
-    cases = [(job, shape) for job in jobs for shape in job.chosen_shapes(quick)]
+    cases = [(job, shape) for job in jobs for shape in job.chosen_shapes(quick, device)]
     writer = headed = None
     for job, shape in progress(cases):
-        timings = measure(job.steps(shape, device, with_compile), device, rounds)
+        if time.monotonic() > end:
+            left_out += 1
+            continue
+        if device == "cuda":
+            torch.cuda.empty_cache()
+        try:
+            timings = measure(job.steps(shape, device, with_compile), device, rounds)
+        except Exception:  # the GPU's memory may be too small for one, a compiler may fail
+            say(f"\n{job.name} {shape} failed\n{traceback.format_exc()}")
+            failed += 1
+            continue
         if headed is not job:
             say(f"\n{job.name}: {job.about}\n{HEADING}")
             headed = job
-        rows = rows_of(job, shape, timings, rounds)
+        rows = rows_of(job, shape, timings, device, rounds)
         say("\n".join(map(line_of, rows)))
         if writer is None:
             writer = csv.DictWriter(file, [*facts, *rows[0]])
@@ -254,3 +294,6 @@ def run(jobs: Sequence[Job], device: str, quick: bool, with_compile: bool, file:
         writer.writerows({**facts, **row} for row in rows)
         file.flush()
         sys.stdout.flush()
+    if left_out:
+        say(f"\n{left_out} of {len(cases)} cases were left out after {seconds:.0f} s")
+    return failed

@@ -49,7 +49,8 @@ class Adam:
 def project_by_sorting(y: Tensor, d: Tensor, total: float = 1.0) -> Tensor:
     """The minimiser of sum d (x - y)^2 over the simplex, per row: the largest support that stays positive."""
     rows = []
-    for y_row, d_row in zip(y.double().reshape(-1, y.shape[-1]), d.double().reshape(-1, y.shape[-1]), strict=True):
+    flat = (t.double().cpu().reshape(-1, y.shape[-1]) for t in (y, d))
+    for y_row, d_row in zip(*flat, strict=True):
         order = sorted(range(len(y_row)), key=lambda i: -float(y_row[i] * d_row[i]))
         above = below = 0.0
         for i in order:
@@ -59,4 +60,4 @@ def project_by_sorting(y: Tensor, d: Tensor, total: float = 1.0) -> Tensor:
             above, below = above + float(y_row[i]), below + 1 / float(d_row[i])
         multiplier = (above - total) / below
         rows.append((y_row - multiplier / d_row).clamp(min=0.0))
-    return torch.stack(rows).reshape(y.shape)
+    return torch.stack(rows).reshape(y.shape).to(y.device)

@@ -1,4 +1,11 @@
-"""What all tests share. Without a GPU, Triton runs in its interpreter and the CUDA kernels in an emulation."""
+"""What all tests share: above all, where they run.
+
+Without a GPU, Triton runs in its interpreter and the CUDA kernels in an emulation. With one, what is tested "by device"
+is tested there, Triton compiles, and the real CUDA kernels run beside the emulated ones. Environment:
+
+- ``CONSTRAINED_OPS_TEST_DEVICE``: another device than the accelerator that torch finds, "cpu" for instance;
+- ``CONSTRAINED_OPS_TEST_EMULATION``: "off" leaves out the emulation, which takes minutes to compile.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +15,58 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-DEVICE = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+_found = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+DEVICE = os.environ.get("CONSTRAINED_OPS_TEST_DEVICE") or _found
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
+
+import constrained_ops as co  # noqa: E402
+from constrained_ops import _library  # noqa: E402
+
+GPU = "cuda" if DEVICE == "cpu" else DEVICE  # the one that there is, or would be
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU of NVIDIA")
+
+
+@pytest.fixture(params=["cpu", pytest.param(GPU, marks=needs_gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are made that do not say where."""
+    with torch.device(request.param):
+        yield request.param
+
+
+def implementations() -> list[Any]:
+    """As parameters of :func:`backend`: every (backend, device) that an optimizer can run on."""
+    compiled = pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+    cuda = pytest.mark.skipif(not _library.has_cuda_library, reason="the CUDA library is missing")
+    triton = pytest.mark.skipif(not _library.has_triton, reason="Triton is missing")
+    return [
+        pytest.param(("reference", "cpu"), id="reference"),
+        pytest.param(("cpu", "cpu"), id="cpu", marks=compiled),
+        pytest.param(("reference", GPU), id=f"reference on {GPU}", marks=needs_gpu),
+        pytest.param(("cuda", "cuda"), id="cuda", marks=[needs_cuda, cuda]),
+        pytest.param(("triton", GPU), id="triton", marks=[needs_gpu, triton]),
+    ]
+
+
+@pytest.fixture(params=implementations())
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The backend in force, and the device on which tensors are made that do not say where."""
+    name, device = request.param
+    with co.backend(name), torch.device(device):
+        yield name
+
+
+def moved(t: Tensor, device: str) -> Tensor:
+    """``t`` on another device, in memory exactly as before: gaps, overlaps, and an offset from an aligned address."""
+    if t.device.type == device:
+        return t
+    if not t.numel():
+        return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
+    whole = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    return whole.to(device).as_strided(t.shape, t.stride(), t.storage_offset())
 
 
 @pytest.fixture

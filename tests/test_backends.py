@@ -1,7 +1,8 @@
 """The pin: every operator, on every backend, in every dtype and layout, against the reference in float64.
 
-CPU, CUDA (emulated where there is no GPU), Triton (interpreted there) and the reference in the dtype itself take the
-same operands, so that none can drift from the others. Depth is elsewhere: test_accuracy, test_triton, test_emulation.
+CPU, CUDA (emulated, and on a GPU), Triton (interpreted where there is none) and the reference in the dtype itself take
+the same operands, so that none can drift from the others. Depth is elsewhere: test_accuracy, test_triton,
+test_emulation.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, moved, needs_cuda
 from torch import Tensor
 
 import constrained_ops  # noqa: F401  (defines the operators)
@@ -21,7 +22,7 @@ from constrained_ops._library import TRANSFORMS, compute_dtype
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["reference", "cpu", "cuda", "triton"]
+BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=needs_cuda), "triton"]
 
 
 def triton_kernel(transform: str, kernel: str) -> Callable[..., Any]:
@@ -46,10 +47,13 @@ def kernels(request: pytest.FixtureRequest) -> tuple[Callable[[str, str], Callab
     if backend == "triton":
         request.getfixturevalue("triton_interpreter")
         return interpreted_triton if DEVICE == "cpu" else triton_kernel, DEVICE
-    if _library.has_cuda_library and torch.cuda.is_available():
+    if backend == "cuda":
+        assert _library.has_cuda_library, "the CUDA library is missing"
         return _library.overload, "cuda"
     import emulation
 
+    if not emulation.available():
+        pytest.skip("the emulation needs g++ on Linux")
     emulated = emulation.load()
     return lambda transform, kernel: emulated[transform][kernel], "cpu"
 
@@ -81,6 +85,14 @@ def unaligned(t: Tensor) -> Tensor:
     return spacious[1:].view(t.shape)
 
 
+def test_operands_lie_as_they_did_on_another_device() -> None:
+    for layout in LAYOUTS:
+        t = layout(torch.randn(5, 3, 7))
+        there = moved(t, "meta")
+        assert there.is_meta and there.shape == t.shape
+        assert (there.stride(), there.storage_offset()) == (t.stride(), t.storage_offset())
+
+
 LAYOUTS = [contiguous, transposed, sliced, expanded, unaligned]
 BOUNDS = {
     "both": (-1.0, 2.5),
@@ -98,7 +110,7 @@ def check(
     raw = args[_library.like_position(operator)]
     needed_at = _library._argument_positions(operator).get("needed")
     needed = -1 if needed_at is None else args[needed_at]
-    got = implementation(*(arg.to(device) if isinstance(arg, Tensor) else arg for arg in args))
+    got = implementation(*(moved(arg, device) if isinstance(arg, Tensor) else arg for arg in args))
     want = _library._references[transform][kernel](*(arg.double() if isinstance(arg, Tensor) else arg for arg in args))
     got, want = (value if isinstance(value, tuple) else (value,) for value in (got, want))
     assert len(got) == len(want) == len(operator._schema.returns)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import csv
+import os
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import DEVICE
 
 import constrained_ops as co
 
@@ -55,3 +59,91 @@ def test_steps_of_all_peers_agree_and_a_wrong_one_is_found(benchmarks):
     with pytest.raises(AssertionError, match=r"wrong \(8,\): fused, clamp_ and Adam differ"):
         wrong.steps((8,), "cpu", with_compile=False)
     assert harness.OURS in peers
+
+
+def test_a_case_that_fails_is_told_and_the_others_run(benchmarks, tmp_path, capsys):
+    harness = import_module("benchmarks.harness")
+    jobs = [
+        harness.Job(name, "", shapes=[(8,)], peers={"eager": torch.sigmoid, "constrained_ops": peer}, moved=(2, 3))
+        for name, peer in (("wrong", torch.tanh), ("right", torch.sigmoid))
+    ]
+    with (tmp_path / "results.csv").open("w+", newline="") as file:
+        assert harness.run(jobs, "cpu", True, False, file) == 1
+        file.seek(0)
+        assert {row["job"] for row in csv.DictReader(file)} == {"right"}
+        assert harness.run(jobs, "cpu", True, False, file, seconds=-1.0) == 0
+    out = capsys.readouterr().out
+    assert "wrong (8,) failed" in out and "constrained_ops and eager differ" in out
+    assert "2 of 2 cases were left out" in out
+
+
+def test_shapes_on_a_gpu_are_beyond_its_cache(benchmarks):
+    harness = import_module("benchmarks.harness")
+    assert harness.on_gpu((1024,), 0) == (1024,)
+    assert harness.on_gpu((2**18, 4), 0) == (2**24, 4)
+    assert harness.on_gpu((32, 2**15), 1) == (32, 2**21)
+    assert harness.on_gpu((2**24,), 0) == (2**28,)
+    job = benchmarks.JOBS["step_raw_many"]
+    assert job.chosen_shapes(True, "cuda") == job.chosen_shapes(True, "cpu") == [(200, 64)]
+
+
+def test_pictures(benchmarks, tmp_path):
+    plots = import_module("benchmarks.plots")
+    path = tmp_path / "results.csv"
+    benchmarks.main(["--only", "step_box_many", "--quick", "--device", "cpu", "--csv", str(path)])
+    assert plots.main([str(path), str(tmp_path)]) == 0
+    assert (tmp_path / "step_box_many.png").read_bytes().startswith(b"\x89PNG")
+    path.write_text("job,shape\n")
+    assert plots.main([str(path), str(tmp_path)]) == 1
+
+
+KERNEL = (
+    "void constrained_ops::<unnamed>::row_kernel<float, constrained_ops::Project<float, (bool)0>>(Operands<2>, int)"
+)
+AS_COLUMNS = f"""==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","CC","dram__bytes.sum","gpu__time_duration.sum","launch__registers_per_thread"
+"","","","","byte","ns","register/thread"
+"0","7","{KERNEL}","9.0","3,000,000.00","1,000.0","40"
+"""
+AS_ROWS = f"""==PROF== Connected to process 7
+"ID","Process ID","Kernel Name","CC","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","7","{KERNEL}","9.0","Command line","dram__bytes.sum","byte","3,000,000.00"
+"0","7","{KERNEL}","9.0","Command line","gpu__time_duration.sum","ns","1,000.0"
+"0","7","{KERNEL}","9.0","Command line","launch__registers_per_thread","register/thread","40"
+"""
+
+
+@pytest.mark.parametrize("written", [AS_COLUMNS, AS_ROWS], ids=["columns", "rows"])
+def test_what_nsight_compute_saw(benchmarks, written, tmp_path, capsys):
+    kernels = import_module("benchmarks.kernels")
+    path = tmp_path / "ncu.csv"
+    path.write_text(written)
+    assert kernels.main(["--ncu", str(path)]) == 0
+    heading, line = capsys.readouterr().out.splitlines()
+    assert heading.split()[0] == "ns"
+    assert line.split()[:2] == ["1,000", "3,000,000"] and "3,000  row_kernel<float, Project<float, (bool)0>>" in line
+    path.write_text("==ERROR== no kernels were profiled\n")
+    assert kernels.main(["--ncu", str(path)]) == 1
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="there it is the script that runs the tests")
+@pytest.mark.parametrize("fails", [False, True], ids=["sound", "with a failure"])
+def test_the_script_for_gpus_runs_without_one(fails, tmp_path):
+    """It skips what needs a GPU; a stage that fails keeps no other from running, and is not forgotten."""
+    python = tmp_path / "python"
+    planted = 'case "$*" in *constrained_ops\\ demo*) exit 3;; esac' if fails else ""
+    python.write_text(f'#!/bin/sh\n{planted}\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    script = Path(__file__).parent.parent / "benchmarks" / "gpu.sh"
+    names = "gpu,demo,kernels" if fails else "gpu,demo"
+    command = [script, "--quick", "--stages", names, "--output", tmp_path / "results"]
+    done = subprocess.run(command, env={**os.environ, "PYTHON": str(python)}, capture_output=True, text=True)
+    assert done.returncode == fails, done.stdout + done.stderr
+    first, *stages, last = (tmp_path / "results" / "summary.txt").read_text().splitlines()
+    assert first.endswith("no GPU")
+    told = [line.split()[:2] for line in stages]
+    if not fails:
+        assert told == [["skipped", "gpu:"], ["ok", "demo"]] and last.startswith("all is well")
+        return
+    assert told == [["skipped", "gpu:"], ["ok", "kernels"], ["FAILED", "demo"]] and last.startswith("something failed")
+    assert (tmp_path / "results" / "kernels.csv").read_text().count("\n") > 40

@@ -1,4 +1,4 @@
-"""Every CUDA kernel, executed without a GPU (see ``emulation``), against the reference in float64."""
+"""Every CUDA kernel against the reference in float64: executed without a GPU (see ``emulation``), and on one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import emulation
 import pytest
 import torch
+from conftest import moved, needs_cuda
 from torch import Tensor
 
 import constrained_ops  # noqa: F401  (defines the operators)
@@ -26,12 +27,31 @@ TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2, torch.float32: 4e-6, t
 BOUNDS = {"bounded": [(-1.0, 2.0), (0.5, inf), (-inf, 3.0), (-inf, inf)], "exponential": [(0.25, inf)]}
 ELEMENTWISE = [(transform, bounds) for transform in BOUNDS for bounds in BOUNDS[transform]]
 
-pytestmark = pytest.mark.skipif(not emulation.available(), reason="the emulation needs g++ on Linux")
+emulated = pytest.mark.skipif(not emulation.available(), reason="the emulation needs g++ on Linux")
 
 
-@pytest.fixture(scope="module")
-def kernels() -> dict[str, dict[str, Callable[..., Any]]]:
-    return emulation.load()
+class OnGpu:
+    """An operator that takes CPU tensors to the GPU as they lie in memory, and its results back."""
+
+    def __init__(self, operator: Any) -> None:
+        self._operator, self._schema = operator, operator._schema
+
+    def __call__(self, *args: Any) -> Any:
+        results = self._operator(*(moved(a, "cuda") if isinstance(a, Tensor) else a for a in args))
+        return results.cpu() if isinstance(results, Tensor) else tuple(result.cpu() for result in results)
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param("emulated", marks=emulated), pytest.param("cuda", marks=needs_cuda)]
+)
+def kernels(request: pytest.FixtureRequest) -> dict[str, dict[str, Callable[..., Any]]]:
+    if request.param == "emulated":
+        return emulation.load()
+    assert _library.has_cuda_library, "the CUDA library is missing"
+    return {
+        transform: {kernel: OnGpu(_library.overload(transform, kernel)) for kernel in members}
+        for transform, members in _library.TRANSFORMS.items()
+    }
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -424,6 +444,8 @@ def test_operands_that_do_not_fit_are_refused(kernels: Any) -> None:
 
 @pytest.fixture(scope="module")
 def checks() -> ctypes.CDLL:
+    if not emulation.available():
+        pytest.skip("the emulation needs g++ on Linux")
     sources = [emulation.FOLDER / "checks.cpp", emulation.FOLDER / "fibers.cpp"]
     library = ctypes.CDLL(str(emulation.build("libchecks.so", sources, ["-O1"], ["-shared", "-Wl,-Bsymbolic"])))
     for name in ("run_half_a_block", "run_half_a_warp", "run_mask", "run_empty_grid", "run_sound"):
@@ -472,6 +494,7 @@ def test_the_emulation_reports_mistakes(checks: ctypes.CDLL) -> None:
 # --- Sanitizers ----------------------------------------------------------------------------------------------------
 
 
+@emulated
 @pytest.mark.parametrize(
     ("name", "flags"),
     [

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import grad
 
 import constrained_ops as co
-from constrained_ops import _library
+from constrained_ops import _checks, _library
 
 INF = math.inf
 NAN = math.nan
@@ -286,6 +286,7 @@ def test_the_backend_is_what_it_was_after_an_error() -> None:
 DIFFERENTIABLE = ["bounded", "bounded with tensors", "positive", "positive exp", "simplex"]
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_a_second_backward_without_retain_graph_gets_the_message_of_pytorch(call: str) -> None:
     raw = torch.randn(3, requires_grad=True)
@@ -295,6 +296,7 @@ def test_a_second_backward_without_retain_graph_gets_the_message_of_pytorch(call
         loss.backward()
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_a_raw_changed_in_place_before_backward_gets_the_message_of_pytorch(call: str) -> None:
     leaf = torch.randn(3, requires_grad=True)
@@ -335,6 +337,7 @@ def all_orders(call: str, raw: Tensor) -> tuple[Tensor, ...]:
     return x.detach(), first.detach(), second
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> None:
@@ -345,6 +348,7 @@ def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> No
         torch.testing.assert_close(got, want.reshape(raw.shape), rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_empty_tensors_give_empty_results(call: str, shape: tuple[int, ...]) -> None:
@@ -353,6 +357,7 @@ def test_empty_tensors_give_empty_results(call: str, shape: tuple[int, ...]) -> 
     assert all(result.shape == shape for result in all_orders(call, torch.empty(shape)))
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_log_det_has_the_layout_of_the_value(layout: str) -> None:
     raw = LAYOUTS[layout]()
@@ -365,6 +370,7 @@ def test_a_log_det_has_the_layout_of_the_value(layout: str) -> None:
         torch.testing.assert_close(log_det, call(raw.contiguous())[1], rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.usefixtures("device")
 @pytest.mark.parametrize(
     ("lower_shape", "upper_shape"), [((), (4,)), ((3, 1), (1, 4)), ((1,), (2, 3, 4)), ((2, 1, 1), ())], ids=str
 )
@@ -381,6 +387,17 @@ def test_bounds_broadcast_and_get_gradients_of_their_own_shape(
     for got, want, of in zip(grad(x, inputs, weight), grad(plain, inputs, weight), inputs, strict=True):
         assert got.shape == of.shape
         torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("call", DIFFERENTIABLE)
+def test_the_default_device_does_not_matter(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    raw = torch.randn(5)
+    want = all_orders("bounded", raw) if "tensors" in call else all_orders(call, raw)
+    monkeypatch.setattr(_checks, "_accepted", set())  # as at the first call with these bounds
+    with torch.device("meta"):
+        x = co.bounded(raw, torch.zeros((), device="cpu"), 1.0) if "tensors" in call else CALLS[call](raw)
+    assert x.device == raw.device
+    torch.testing.assert_close(x, want[0])
 
 
 @pytest.mark.parametrize("call", ["bounded", "positive", "positive exp", "simplex"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch.distributions import constraints
 from torch.nn import Parameter
 
 import constrained_ops as co
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _plans
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
 from constrained_ops.optim._reference import FLOOR
 
 OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
@@ -36,11 +36,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=["reference", *(name for name, device in _plans._plans if device == "cpu")], autouse=True)
-def backend(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Every implementation that serves the CPU takes every test."""
-    with co.backend(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("backend")  # every implementation takes every test
 
 
 @pytest.fixture(params=OPTIONS)
@@ -96,6 +92,8 @@ def test_without_a_constraint_it_is_adam(kind: type[Any], options: dict[str, Any
             for name in ("exp_avg", "exp_avg_sq"):
                 state, wanted = optimizer.state[p][name], adam.state[q][name]
                 scale = torch.finfo(dtype).smallest_normal if sixteen else float(wanted.abs().max())
+                if sixteen and name == "exp_avg":  # where its terms cancel, what is left is the rounding of float32
+                    scale = 2 * torch.finfo(torch.float32).eps / torch.finfo(dtype).eps * float(wanted.abs().max())
                 close(state, wanted, 1 if sixteen else 100, scale)
                 if sixteen:
                     state.copy_(wanted)
@@ -120,25 +118,32 @@ def test_sixteen_bits_have_state_in_float32_unless_told_otherwise(dtype: torch.d
 # --- Boxes: Adam, then clamp ------------------------------------------------------------------------------------------
 
 INF = float("inf")
-LOWER = torch.tensor([-0.5, -INF, 0.0, -INF])
-UPPER = torch.tensor([0.5, 0.25, INF, INF])
-COLUMN = torch.tensor([[-0.5], [0.0], [0.25]])
-BOXES: dict[str, tuple[Any, Any, Any]] = {  # constraint, lower, upper
-    "interval": (constraints.interval(-0.5, 0.25), -0.5, 0.25),
-    "unit interval": (constraints.unit_interval, 0.0, 1.0),
-    "nonnegative": (constraints.nonnegative, 0.0, INF),
-    "greater than": (constraints.greater_than(-0.25), -0.25, INF),
-    "less than": (constraints.less_than(0.125), -INF, 0.125),
-    "independent": (constraints.independent(constraints.interval(0.0, 0.5), 1), 0.0, 0.5),
-    "tensors": (constraints.interval(LOWER, UPPER), LOWER, UPPER),
-    "a tensor and a float": (co.Bounded(COLUMN, 0.5), COLUMN, 0.5),
-    "positive": (co.Positive(0.125), 0.125, INF),
-}
 
 
-@pytest.mark.parametrize("box", BOXES)
+def tensor_bounds() -> tuple[Tensor, Tensor]:
+    return torch.tensor([-0.5, -INF, 0.0, -INF]), torch.tensor([0.5, 0.25, INF, INF])
+
+
+def boxes() -> dict[str, tuple[Any, Any, Any]]:
+    """Constraint, lower, upper."""
+    lower, upper = tensor_bounds()
+    column = torch.tensor([[-0.5], [0.0], [0.25]])
+    return {
+        "interval": (constraints.interval(-0.5, 0.25), -0.5, 0.25),
+        "unit interval": (constraints.unit_interval, 0.0, 1.0),
+        "nonnegative": (constraints.nonnegative, 0.0, INF),
+        "greater than": (constraints.greater_than(-0.25), -0.25, INF),
+        "less than": (constraints.less_than(0.125), -INF, 0.125),
+        "independent": (constraints.independent(constraints.interval(0.0, 0.5), 1), 0.0, 0.5),
+        "tensors": (constraints.interval(lower, upper), lower, upper),
+        "a tensor and a float": (co.Bounded(column, 0.5), column, 0.5),
+        "positive": (co.Positive(0.125), 0.125, INF),
+    }
+
+
+@pytest.mark.parametrize("box", boxes())
 def test_boxes_are_adam_and_clamp(box: str, dtype: torch.dtype) -> None:
-    constraint, lower, upper = BOXES[box]
+    constraint, lower, upper = boxes()[box]
     lower, upper = (torch.as_tensor(bound, dtype=torch.float64) for bound in (lower, upper))
     start = torch.randn(3, 4).double().clamp(lower, upper).to(dtype)
     p, oracle = Parameter(start.clone()), Adam(lr=0.05)
@@ -295,27 +300,26 @@ def test_in_a_box_the_optimum_is_reached() -> None:
 # --- The reparametrised step: autograd through the transform, and Adam on raw -----------------------------------------
 
 ROWS, COLUMNS = 3, 4
-TRANSFORMS: dict[str, tuple[Any, Callable[[Tensor], Tensor]]] = {
-    "both bounds": (constraints.interval(-1.0, 2.5), lambda raw: co.bounded(raw, -1.0, 2.5)),
-    "lower": (constraints.positive, co.positive),
-    "upper": (constraints.less_than(3.0), lambda raw: co.bounded(raw, -INF, 3.0)),
-    "tensors": (
-        constraints.interval(LOWER, UPPER),
-        lambda raw: co.bounded(raw, LOWER.to(raw.device), UPPER.to(raw.device)),
-    ),
-    "exp": (co.Positive(0.5, kind="exp"), lambda raw: co.positive(raw, 0.5, kind="exp")),
-    "exp with a tensor": (
-        co.Positive(torch.arange(4.0), kind="exp"),
-        lambda raw: co.positive(raw, torch.arange(4.0), kind="exp"),
-    ),
-    "simplex": (constraints.simplex, co.simplex),
-    "simplex, dim 0": (co.Simplex(0), lambda raw: co.simplex(raw, 0)),
-}
 
 
-@pytest.fixture(params=TRANSFORMS)
-def transform(request: pytest.FixtureRequest) -> tuple[Any, Callable[[Tensor], Tensor]]:
-    return TRANSFORMS[request.param]
+def transforms() -> dict[str, tuple[Any, Callable[[Tensor], Tensor]]]:
+    lower, upper = tensor_bounds()
+    ramp = torch.arange(4.0)
+    return {
+        "both bounds": (constraints.interval(-1.0, 2.5), lambda raw: co.bounded(raw, -1.0, 2.5)),
+        "lower": (constraints.positive, co.positive),
+        "upper": (constraints.less_than(3.0), lambda raw: co.bounded(raw, -INF, 3.0)),
+        "tensors": (constraints.interval(lower, upper), lambda raw: co.bounded(raw, lower, upper)),
+        "exp": (co.Positive(0.5, kind="exp"), lambda raw: co.positive(raw, 0.5, kind="exp")),
+        "exp with a tensor": (co.Positive(ramp, kind="exp"), lambda raw: co.positive(raw, ramp, kind="exp")),
+        "simplex": (constraints.simplex, co.simplex),
+        "simplex, dim 0": (co.Simplex(0), lambda raw: co.simplex(raw, 0)),
+    }
+
+
+@pytest.fixture(params=transforms())
+def transform(backend: str, request: pytest.FixtureRequest) -> tuple[Any, Callable[[Tensor], Tensor]]:
+    return transforms()[request.param]
 
 
 @pytest.mark.parametrize(
@@ -376,7 +380,9 @@ def test_each_step_is_that_of_adam_on_raw(
         got = optimizer.state[x]["raw"]
         assert got.dtype == compute
         close(got, want, 2000, scale=1.0)  # Adam's first steps divide a derivative's rounding error by the derivative
-        close(x, forward(got.double()), 0.51 if torch.finfo(dtype).bits == 16 else 8, scale=0.1)
+        # Two units of |x| or of the distance to the nearer bound, whichever is larger (test_accuracy): about 1 here.
+        sixteen = torch.finfo(dtype).bits == 16
+        close(x, forward(got.double()), 0.51 if sixteen else 2, scale=0.1 if sixteen else 1.0)
         raw = got.double()
         oracle.m, oracle.v = optimizer.state[x]["exp_avg"].double(), optimizer.state[x]["exp_avg_sq"].double()
 
@@ -505,7 +511,7 @@ def test_layouts_of_parameter_and_gradient(kind: type[Any], constraint: Any) -> 
                 optimizer.step()
             torch.testing.assert_close(p.detach(), want.detach(), atol=1e-6, rtol=1e-6, msg=f"{name}, {grad_name}")
             if name in ("strided", "unaligned"):
-                assert memory.sum() - p.detach().sum() == pytest.approx(float(around), abs=1e-3)
+                assert float(memory.sum() - p.detach().sum()) == pytest.approx(float(around), abs=1e-3)
 
 
 def test_nothing_outside_a_strided_view_is_written() -> None:

@@ -1,4 +1,7 @@
-"""The compiled step against the reference step: kinds, dtypes, options, sizes, layouts, threads, lengths of run."""
+"""The compiled step against the reference step: kinds, dtypes, options, sizes, layouts, threads, lengths of run.
+
+On the CPU, and where there is a GPU, there by CUDA and by Triton.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,13 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import implementations
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Parameter
 
 import constrained_ops as co
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _plans
-
-if ("cpu", "cpu") not in _plans._plans:
-    pytest.skip("there is no compiled library", allow_module_level=True)
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
 
 INF = float("inf")
 SIZES = [0, 1, 7, 31, 64, 65, 1000, 100_003]
@@ -52,6 +53,19 @@ ROWS = [(0, 3), (1, 1), (5, 1), (64, 4), (33, 31), (3, 129), (2, 5000), (1, 100_
 KINDS = [(kind, name) for kind in (ProjectedAdam, ReparametrizedAdam) for name in ELEMENTWISE]
 
 
+COMPILED = [each for each in implementations() if not each.id.startswith("reference")]
+on_the_cpu = pytest.mark.parametrize("compiled", [each for each in COMPILED if each.id == "cpu"], indirect=True)
+
+
+@pytest.fixture(params=COMPILED, autouse=True)
+def compiled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """As conftest's ``backend``, without the reference."""
+    name, device = request.param
+    monkeypatch.setattr(Pair, "backends", (name, "reference"))
+    with co.backend(name), torch.device(device):
+        yield name
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -73,6 +87,8 @@ def two_threads() -> Iterator[None]:
 class Pair:
     """Two optimizers over equal parameters: one takes the compiled step, the other that of the reference."""
 
+    backends = ("cpu", "reference")
+
     def __init__(self, kind: type[Any], starts: list[Tensor], given: list[Any], **options: Any) -> None:
         self.params = [[Parameter(start.clone()) for start in starts] for _ in range(2)]
         self.optimizers = [
@@ -81,7 +97,7 @@ class Pair:
         ]
 
     def step(self, grads: list[Tensor]) -> None:
-        for params, optimizer, backend in zip(self.params, self.optimizers, ("cpu", "reference"), strict=True):
+        for params, optimizer, backend in zip(self.params, self.optimizers, self.backends, strict=True):
             for p, g in zip(params, grads, strict=True):
                 p.grad = g
             with co.backend(backend):
@@ -222,6 +238,7 @@ def test_gradients_that_are_no_numbers(kind: type[Any], name: str, dtype: torch.
     assert not pair.params[0][0].isnan().all()
 
 
+@on_the_cpu
 @pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])
 def test_the_number_of_threads_changes_nothing(kind: type[Any], two_threads: None) -> None:
     shapes = [(100_003,), (7,), (1000, 33), (2, 40_000), (40, 3, 700)]
@@ -242,6 +259,7 @@ def test_the_number_of_threads_changes_nothing(kind: type[Any], two_threads: Non
     assert all(map(torch.equal, *results))
 
 
+@on_the_cpu
 def test_two_optimizers_at_once(two_threads: None) -> None:
     def train(seed: int, to: list[Tensor]) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -273,7 +291,7 @@ def test_long_runs_stay_together(kind: type[Any], name: str) -> None:
     target = start_on_rows((20, 9), torch.float64)
     pair = Pair(kind, [start], [given], lr=1e-2)
     for _ in range(1000):
-        for params, optimizer, backend in zip(pair.params, pair.optimizers, ("cpu", "reference"), strict=True):
+        for params, optimizer, backend in zip(pair.params, pair.optimizers, pair.backends, strict=True):
             params[0].grad = (params[0].detach() - target) * torch.arange(1, 10)
             with co.backend(backend):
                 optimizer.step()
@@ -303,6 +321,7 @@ def test_steps_count_as_writes(kind: type[Any]) -> None:
         assert not optimizer._prepared.written_by_others()
 
 
+@on_the_cpu
 @pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])
 @pytest.mark.parametrize("constraint", [None, constraints.unit_interval, constraints.simplex], ids=str)
 def test_a_step_needs_no_memory_that_grows_with_the_parameters(kind: type[Any], constraint: Any) -> None:

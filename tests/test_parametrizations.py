@@ -15,11 +15,21 @@ from torch.nn.utils import parametrize
 
 import constrained_ops as co
 
-LOWER, UPPER = torch.tensor([-1.0, 0.0, -math.inf]), torch.tensor([1.0, math.inf, 2.0])
+pytestmark = pytest.mark.usefixtures("device")
+
+
+def lower() -> torch.Tensor:
+    return torch.tensor([-1.0, 0.0, -math.inf])
+
+
+def upper() -> torch.Tensor:
+    return torch.tensor([1.0, math.inf, 2.0])
+
+
 MODULES: dict[str, Any] = {
     "bounded": lambda: co.Bounded(-1.0, 2.0),
-    "bounded with tensors": lambda: co.Bounded(LOWER, UPPER),
-    "bounded with a tensor": lambda: co.Bounded(LOWER, 5.0),
+    "bounded with tensors": lambda: co.Bounded(lower(), upper()),
+    "bounded with a tensor": lambda: co.Bounded(lower(), 5.0),
     "positive": lambda: co.Positive(),
     "positive exp": lambda: co.Positive(0.5, kind="exp"),
     "positive with a tensor": lambda: co.Positive(torch.tensor([0.0, 1.0, 2.0])),
@@ -29,7 +39,7 @@ MODULES: dict[str, Any] = {
 
 
 @pytest.fixture(params=MODULES)
-def module(request: pytest.FixtureRequest) -> nn.Module:
+def module(device: str, request: pytest.FixtureRequest) -> nn.Module:
     return MODULES[request.param]()
 
 
@@ -72,7 +82,7 @@ def test_copies_and_pickles(module: Any) -> None:
 
 
 def test_tensor_bounds_are_buffers_and_parameters_stay_parameters() -> None:
-    module = co.Bounded(LOWER, nn.Parameter(torch.full((3,), 4.0)))
+    module = co.Bounded(lower(), nn.Parameter(torch.full((3,), 4.0)))
     assert set(module.state_dict()) == {"lower", "upper"}
     assert dict(module.named_buffers()).keys() == {"lower"}
     assert dict(module.named_parameters()).keys() == {"upper"}
@@ -87,7 +97,7 @@ def test_tensor_bounds_are_buffers_and_parameters_stay_parameters() -> None:
     ("make", "text"),
     [
         (lambda: co.Bounded(0.0, 1.0), "Bounded(lower=0.0, upper=1.0)"),
-        (lambda: co.Bounded(LOWER, 5), "Bounded(lower=tensor of shape (3,), upper=5)"),
+        (lambda: co.Bounded(lower(), 5), "Bounded(lower=tensor of shape (3,), upper=5)"),
         (lambda: co.Positive(2.0, "exp"), "Positive(lower=2.0, kind='exp')"),
         (lambda: co.Simplex(1), "Simplex(dim=1, kind='softmax')"),
     ],
@@ -100,7 +110,7 @@ def test_repr(make: Any, text: str) -> None:
     ("make", "value", "message"),
     [
         (lambda: co.Bounded(0.0, 1.0), [0.5, 2.0, -3.0], "Bounded: value must lie in [0.0, 1.0], got -3.0"),
-        (lambda: co.Bounded(LOWER, UPPER), [0.0, -0.5, 0.0], "Bounded: value must lie in [0.0, inf], got -0.5"),
+        (lambda: co.Bounded(lower(), upper()), [0.0, -0.5, 0.0], "Bounded: value must lie in [0.0, inf], got -0.5"),
         (lambda: co.Positive(1.0), [2.0, 0.5, math.nan], "Positive: value must lie in [1.0, inf], got nan"),
         (lambda: co.Positive(1.0, "exp"), [2.0, 0.5, 3.0], "Positive: value must lie in [1.0, inf], got 0.5"),
         (
@@ -143,7 +153,7 @@ def test_values_on_the_bound_are_accepted(dtype: torch.dtype) -> None:
             "Bounded: lower must be less than upper, got lower=1.0 and upper=0.0",
         ),
         (
-            lambda: co.Bounded(LOWER, torch.tensor([0.0, -1.0, 0.0])),
+            lambda: co.Bounded(lower(), torch.tensor([0.0, -1.0, 0.0])),
             ValueError,
             "Bounded: lower must be less than upper, got lower=0.0 and upper=-1.0",
         ),

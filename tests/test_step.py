@@ -386,6 +386,18 @@ def test_layouts(plan_class: Any) -> None:
     torch.testing.assert_close(memory.double().sum() - slots[0].param.double().sum(), around)
 
 
+def test_the_default_device_does_not_matter(plan_class: Any) -> None:
+    slots = small_slots(plan_class.device)
+    oracle, grads = [in_double(slot) for slot in slots], gradients(slots)
+    plan = plan_class(slots)
+    with torch.device("meta"):
+        plan_class(slots)
+        plan.run(grads, GROUPS)
+    ReferencePlan(oracle).run([g.double().cpu() for g in grads], GROUPS)
+    for slot, want in zip(slots, oracle, strict=True):
+        torch.testing.assert_close(slot.param.double().cpu(), want.param, rtol=1e-4, atol=1e-5)
+
+
 class Recorded(TablePlan):
     launches = 0
 

@@ -33,10 +33,6 @@ class CpuPlan:
         self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
         self._copied = [i for i, slot in enumerate(slots) if not alike(slot.grad_stride, slot.exp_avg)]
         for slot in slots:
-            if any(
-                size > 1 and stride == 0 for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)
-            ):
-                raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
             self._add(slot)
         self._written = [slot.param for slot in slots if not any(slot.param is param for param, _ in self._gaps)]
 

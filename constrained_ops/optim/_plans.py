@@ -108,6 +108,9 @@ class Launch(NamedTuple):
 
 def launches(slots: Sequence[Slot]) -> list[Launch]:
     """One plan per device, dtype and state dtype."""
+    for slot in slots:
+        if any(size > 1 and not stride for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)):
+            raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
     kinds: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for index, slot in enumerate(slots):
         kinds.setdefault((slot.param.device, slot.param.dtype, slot.exp_avg.dtype), []).append(index)

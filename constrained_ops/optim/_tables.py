@@ -91,7 +91,7 @@ class TablePlan(ABC):
         self._copied = [i for i, slot in enumerate(slots) if not alike(slot.grad_stride, slot.exp_avg)]
         elsewhere = [i for i, slot in enumerate(slots) if self._counts_elsewhere(slot)]
         self._host_steps = [c_float.from_address(slots[i].step.data_ptr()) for i in elsewhere]
-        self._device_steps = self._send(torch.empty(len(elsewhere)))
+        self._device_steps = torch.empty(len(elsewhere), device=self.device)
         self._known_steps: list[float] | None = None if elsewhere else []
         places = dict(zip(elsewhere, range(self._device_steps.data_ptr(), 2**64, 4), strict=False))
         records = [self._record(slot, places.get(i, slot.step.data_ptr())) for i, slot in enumerate(slots)]
@@ -100,11 +100,11 @@ class TablePlan(ABC):
         self.tiles: list[Tile] = []
         work, items = self._work()
         self._tables = Tables(
-            slots=self._send(_words(b"".join(records)).view(-1, SLOT_WORDS)),
-            grads=self._send(torch.zeros(len(slots), dtype=torch.int64)),
-            groups=self._send(torch.zeros(self._groups, GROUP_WORDS, dtype=torch.int64)),
-            work=self._send(torch.tensor(work, dtype=torch.int64).view(-1, WORK_WORDS)),
-            progress=self._send(torch.tensor([[0, n] for n in items], dtype=torch.int32)),
+            slots=_words(b"".join(records)).view(-1, SLOT_WORDS).to(self.device, copy=True),
+            grads=torch.zeros(len(slots), dtype=torch.int64, device=self.device),
+            groups=torch.zeros(self._groups, GROUP_WORDS, dtype=torch.int64, device=self.device),
+            work=torch.tensor(work, dtype=torch.int64, device=self.device).view(-1, WORK_WORDS),
+            progress=torch.tensor([[0, n] for n in items], dtype=torch.int32, device=self.device),
         )
         self._grads: list[int] = []  # addresses in the present step
         self._known_grads: list[int] | None = None  # in the table
@@ -171,16 +171,12 @@ class TablePlan(ABC):
 
     def _capture(self, grads: list[int], groups: bytes) -> Tables:
         """Tables of the graph's own: it copies them anew in each replay, from host memory that is never changed."""
-        words = torch.cat([torch.tensor(grads, dtype=torch.int64), _words(groups)])
+        words = torch.cat([torch.tensor(grads, dtype=torch.int64, device="cpu"), _words(groups)])
         staging, self._staging = self._staging, None
         staging = (_pinned(words.numel()) if staging is None else staging).copy_(words)
         table = staging.to(self.device, non_blocking=True)
         _in_graphs.append((staging, table, self._tables, self._kept, self._gaps, self._device_steps))
         return self._tables._replace(grads=table[: len(grads)], groups=table[len(grads) :].view(-1, GROUP_WORDS))
-
-    def _send(self, host: Tensor) -> Tensor:
-        """A copy on the device. Waits for it: for what is sent once."""
-        return host.to(self.device, copy=True)
 
     # --- The tables --------------------------------------------------------------------------------------------------
 
@@ -305,16 +301,16 @@ def _first(bound: Bound) -> float:
 
 
 def _words(data: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(data) or bytearray(8), dtype=torch.int64)[: len(data) // 8]
 
 
 def _host(values: list[int] | list[float] | list[list[int]], dtype: torch.dtype, device: torch.device) -> Tensor:
     """On the CPU, where a copy to the device need not wait. PyTorch keeps the memory until the copy is done."""
-    return torch.tensor(values, dtype=dtype, pin_memory=device.type == "cuda")
+    return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
 def _pinned(numel: int) -> Tensor:
-    return torch.empty(numel, dtype=torch.int64, pin_memory=torch.cuda.is_available())
+    return torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 def _power_of_two(n: int) -> int:

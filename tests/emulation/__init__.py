@@ -43,7 +43,8 @@ _TORCH_LIBRARIES = ["-shared", "-Wl,-Bsymbolic", f"-L{_TORCH / 'lib'}", "-ltorch
 
 
 def available() -> bool:
-    return sys.platform == "linux" and shutil.which(CXX) is not None
+    wanted = os.environ.get("CONSTRAINED_OPS_TEST_EMULATION") != "off"
+    return wanted and sys.platform == "linux" and shutil.which(CXX) is not None
 
 
 def _sources() -> list[Path]:
