@@ -181,7 +181,7 @@ def test_stick_breaking_far_out_is_finite_and_invertible(size: int, dtype: torch
             want, want_log_det = [float(mpmath.exp(v)) for v in log_x], float(mpmath.fsum(log_x))
         want_x = torch.tensor(want, dtype=torch.float64)
         eps, least = torch.finfo(dtype).eps, smallest_subnormal(dtype)
-        tolerance = want_x * eps * (8 + 4 * torch.tensor([float(v) for v in log_x]).abs()) + least
+        tolerance = want_x * (eps * (8 + 4 * torch.tensor([float(v) for v in log_x]).abs())) + least
         assert_within(x, want_x, tolerance, torch.arange(size))
         assert log_det.isfinite() and abs(log_det.item() / want_log_det - 1) < 4 * eps
         back = co.simplex_inverse(x, kind="stick_breaking").cpu()

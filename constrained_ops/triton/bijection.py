@@ -465,6 +465,8 @@ def stick_breaking_backward_kernel(
 
 # --- The launchers ---------------------------------------------------------------------------------------------------
 
+TILE = 2048  # scans need more registers than sums
+
 
 def _dense(raw: Tensor, dim: int) -> Tensor:
     """A tensor of x's layout, over which rows are walked."""
@@ -481,7 +483,7 @@ def _forward(kernel: Any, raw: Tensor, dim: int, with_log_det: bool) -> tuple[Te
     if x.numel():
         with device_of(raw):
             operand = _operand(raw, raw, dim, "raw")
-            launch_rows(kernel, results, [operand], x, dim, heavy=True, WITH_LOG_DET=with_log_det)
+            launch_rows(kernel, results, [operand], x, dim, heavy=True, tile=TILE, WITH_LOG_DET=with_log_det)
     return results
 
 
@@ -512,6 +514,7 @@ def _backward(
             dense,
             dim,
             heavy=True,
+            tile=TILE,
             WITH_ALONG=along is not None,
             WITH_G=grad_x is not None,
             WITH_H=grad_log_det is not None,

@@ -1,9 +1,8 @@
 // ilr_* and stick_breaking_*: the bijections onto the simplex (math/bijection.h).
-#include "bijection.cuh"
-
 #include <tuple>
 
 #include "../bijection_tensors.h"
+#include "bijection.cuh"
 #include "on_device.cuh"
 
 namespace constrained_ops {
@@ -34,10 +33,11 @@ void run(const char* op, const BijectionTensors& tensors, const BijectionCall& c
       return t && t->numel() > 0 ? static_cast<Storage*>(t->mutable_data_ptr()) : nullptr;
     };
     const Rows rows(layout.outer, layout.length, layout.inner);
-    const BijectionShape shape(rows, bijection_threads<Storage>);
+    const BijectionShape shape(rows, bijection_threads<Storage, order>);
     std::optional<Tensor> carries;
     if (shape.parts > 1 && order > 0) {
-      carries = torch::stable::new_empty(call.raw, {rows.count * shape.parts * 2}, compute_dtype(call.raw.scalar_type()));
+      carries =
+          torch::stable::new_empty(call.raw, {rows.count * shape.parts * 2}, compute_dtype(call.raw.scalar_type()));
     }
     const BijectionOperands<Storage> operands{static_cast<const Storage*>(call.raw.const_data_ptr()),
                                               input(call.along),
@@ -48,7 +48,7 @@ void run(const char* op, const BijectionTensors& tensors, const BijectionCall& c
                                               output(call.grad_raw),
                                               carries ? static_cast<T*>(carries->mutable_data_ptr()) : nullptr,
                                               next_above<Storage>(T(0))};
-    launch_bijection<Kind<T, order>>(on.queue(), operands, rows, shape);
+    launch_bijection<Kind<T, order>, order>(on.queue(), operands, rows, shape);
   });
 }
 
@@ -86,30 +86,30 @@ std::tuple<Tensor, Tensor, Tensor> double_backward(const char* op, const Tensor&
   const Tensor for_grad_x = tensors.make_x(needed & 1), for_grad_log_det = tensors.make_log_det(needed & 2),
                for_raw = tensors.make_raw(needed & 4);
   if (needed & 7) {
-    run<Kind, 2>(op, tensors,
-                 {tensors.like_raw("raw", raw), tensors.like_raw("along_raw", along_raw),
-                  tensors.like_x("grad_x", grad_x), tensors.like_log_det("grad_log_det", grad_log_det), for_grad_x,
-                  for_grad_log_det, for_raw});
+    run<Kind, 2>(
+        op, tensors,
+        {tensors.like_raw("raw", raw), tensors.like_raw("along_raw", along_raw), tensors.like_x("grad_x", grad_x),
+         tensors.like_log_det("grad_log_det", grad_log_det), for_grad_x, for_grad_log_det, for_raw});
   }
   return {for_grad_x, for_grad_log_det, for_raw};
 }
 
 // The operators of a kind. Arguments by value: nvcc's host compiler boxes no others.
-#define CO_BIJECTION(kind, Kind)                                                                                 \
-  Tensor kind##_forward(const Tensor raw, const int64_t dim) {                                                   \
-    return std::get<0>(forward<Kind>(#kind "_forward", raw, dim, false));                                        \
-  }                                                                                                              \
-  std::tuple<Tensor, Tensor> kind##_forward_log_det(const Tensor raw, const int64_t dim) {                       \
-    return forward<Kind>(#kind "_forward", raw, dim, true);                                                      \
-  }                                                                                                              \
-  Tensor kind##_backward(const std::optional<Tensor> grad_x, const std::optional<Tensor> grad_log_det,           \
-                         const Tensor raw, const int64_t dim) {                                                  \
-    return backward<Kind>(#kind "_backward", grad_x, grad_log_det, raw, dim);                                    \
-  }                                                                                                              \
-  std::tuple<Tensor, Tensor, Tensor> kind##_double_backward(                                                     \
-      const Tensor along_raw, const std::optional<Tensor> grad_x, const std::optional<Tensor> grad_log_det,      \
-      const Tensor raw, const int64_t dim, const int64_t needed) {                                               \
-    return double_backward<Kind>(#kind "_double_backward", along_raw, grad_x, grad_log_det, raw, dim, needed);   \
+#define CO_BIJECTION(kind, Kind)                                                                               \
+  Tensor kind##_forward(const Tensor raw, const int64_t dim) {                                                 \
+    return std::get<0>(forward<Kind>(#kind "_forward", raw, dim, false));                                      \
+  }                                                                                                            \
+  std::tuple<Tensor, Tensor> kind##_forward_log_det(const Tensor raw, const int64_t dim) {                     \
+    return forward<Kind>(#kind "_forward", raw, dim, true);                                                    \
+  }                                                                                                            \
+  Tensor kind##_backward(const std::optional<Tensor> grad_x, const std::optional<Tensor> grad_log_det,         \
+                         const Tensor raw, const int64_t dim) {                                                \
+    return backward<Kind>(#kind "_backward", grad_x, grad_log_det, raw, dim);                                  \
+  }                                                                                                            \
+  std::tuple<Tensor, Tensor, Tensor> kind##_double_backward(                                                   \
+      const Tensor along_raw, const std::optional<Tensor> grad_x, const std::optional<Tensor> grad_log_det,    \
+      const Tensor raw, const int64_t dim, const int64_t needed) {                                             \
+    return double_backward<Kind>(#kind "_double_backward", along_raw, grad_x, grad_log_det, raw, dim, needed); \
   }
 
 CO_BIJECTION(ilr, IlrOf)

@@ -56,13 +56,14 @@ struct BijectionRow {
   }
 };
 
-// --- Isometric log-ratios ---------------------------------------------------------------------------------------------
+// --- Isometric log-ratios
+// ---------------------------------------------------------------------------------------------
 
 template <typename Scalar, int order>
 struct Ilr {
   using T = Scalar;
   using Rowwise = Softmax<T, order>;
-  using Largest = typename Rowwise::State;  // what a group exchanges at a time
+  using Largest = typename Rowwise::State;            // what a group exchanges at a time
   static constexpr int streams = order == 2 ? 2 : 1;  // logits of raw, and of along
   using Before = Sums<T, streams>;
 
@@ -167,7 +168,8 @@ struct Ilr {
   }
 };
 
-// --- Stick-breaking ---------------------------------------------------------------------------------------------------
+// --- Stick-breaking
+// ---------------------------------------------------------------------------------------------------
 
 template <typename Scalar, int order>
 struct StickBreaking {
@@ -217,8 +219,8 @@ struct StickBreaking {
     return before;
   }
 
-  // What comes from those after it, item by item: g less its mean after the item, and for order 2 the sum of along times
-  // gradients; `carry` is what comes from after the part, then what the part makes of it.
+  // What comes from those after it, item by item: g less its mean after the item, and for order 2 the sum of along
+  // times gradients; `carry` is what comes from after the part, then what the part makes of it.
   struct After {
     T deviation[row_items], sum[row_items];
   };
@@ -314,8 +316,8 @@ struct StickBreaking {
           log_det[0].values[0] += a * items.log_det[i];
           const T rest = T(row.size - 1 - (k + i));
           const T second = stick_second(after.deviation[i], a, taken, left, before.values[1], after.sum[i]);
-          row.write_raw(k + i, second * stick_slope(taken, left, remaining) +
-                                   h * a * stick_log_det_raw_raw(taken, left, rest));
+          row.write_raw(
+              k + i, second * stick_slope(taken, left, remaining) + h * a * stick_log_det_raw_raw(taken, left, rest));
           before.values[1] += taken * a;
         }
         before.values[0] += items.log_left[i];
@@ -328,7 +330,8 @@ struct StickBreaking {
   }
 };
 
-// --- Kernel and launcher ----------------------------------------------------------------------------------------------
+// --- Kernel and launcher
+// ----------------------------------------------------------------------------------------------
 
 template <int threads, typename Program, typename Storage, typename Group>
 __global__ void __launch_bounds__(threads, 1)
@@ -359,11 +362,11 @@ struct BijectionShape {
   }
 };
 
-// A block's threads where registers hold so many: doubles take two.
-template <typename Storage>
-constexpr int bijection_threads = sizeof(compute_t<Storage>) == 8 ? 512 : 1024;
+// A block's threads, as registers allow: doubles take two, and double backward has more numbers.
+template <typename Storage, int order>
+constexpr int bijection_threads = 1024 / (sizeof(compute_t<Storage>) == 8 ? 2 : 1) / (order == 2 ? 2 : 1);
 
-template <typename Program, typename Storage>
+template <typename Program, int order, typename Storage>
 void launch_bijection(const Queue& queue, const BijectionOperands<Storage>& operands, const Rows& rows,
                       const BijectionShape& shape) {
   if (shape.lanes > 0) {
@@ -375,7 +378,7 @@ void launch_bijection(const Queue& queue, const BijectionOperands<Storage>& oper
         {sizeof(typename Program::Largest), sizeof(typename Program::Before), sizeof(Affine<compute_t<Storage>>)}));
     const ScanBlock group{BlockGroup(shape.threads, state)};
     launch(queue, Grid(limit_blocks(rows.count, shape.threads, queue), shape.threads, group.shared_bytes()),
-           bijection_kernel<bijection_threads<Storage>, Program, Storage, ScanBlock>, operands, rows, group);
+           bijection_kernel<bijection_threads<Storage, order>, Program, Storage, ScanBlock>, operands, rows, group);
   }
 }
 

@@ -1,6 +1,6 @@
 // Scans along a row by the threads that work on it (reduce.cuh), each with a few items that follow each other: what the
-// items of the threads before it, or after it, come to. A state has `count` numbers `values`, `none()` and `merge(a, b)`
-// for a before b, which need not commute.
+// items of the threads before it, or after it, come to. A state has `count` numbers `values`, `none()` and `merge(a,
+// b)` for a before b, which need not commute.
 #pragma once
 
 #include "reduce.cuh"
