@@ -84,9 +84,10 @@ struct ProjectionCall {
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 
 inline RowUnits bijection_units(const RowLayout& layout) {
-  // Rows that lie apart go side by side, however long, if they fill some lanes.
-  const bool side_by_side = layout.inner > 1 && layout.outer * layout.inner >= 8;
-  return {layout, side_by_side ? layout.length : 64};
+  // Sums along a row wait for one another. Rows that fill some lanes go side by side as long as the tiles fit the
+  // second-level cache; those that lie apart however long.
+  const bool fill = layout.outer * layout.inner >= 8;
+  return {layout, !fill ? 64 : layout.inner > 1 ? layout.length : 256};
 }
 
 enum class Bijection { ilr, stick_breaking };

@@ -8,7 +8,7 @@
 //
 //   isometric log-ratios   softmax's, with h K added to the mean of g, to u; then (sum_{k <= n} u_k - n u_{n+1}) of w
 //   stick-breaking         x_n (1 - s_n) (g_n - m_n) + h (1 - s_n - (K - n) s_n), m_n the mean of g over x after n:
-//                          m_{n-1} = m_n + s_n (g_n - m_n), which needs x no more
+//                          m_{n-1} = (1 - s_n) m_n + s_n g_n, which needs x no more
 #pragma once
 
 #include "numeric.h"
@@ -75,6 +75,12 @@ CO_HD T stick_log_det_raw(T taken, T left, T rest) {
 template <typename T>
 CO_HD T stick_log_det_raw_raw(T taken, T left, T rest) {
   return -(rest + T(1)) * taken * left;
+}
+
+// m_{n-1}: no subtraction of m_n from g_n, for which the next would have to wait.
+template <typename T>
+CO_HD T stick_mean(T mean, T g, T taken) {
+  return (T(1) - taken) * mean + taken * g;
 }
 
 // g_n - m_n times this is the gradient from x.

@@ -22,30 +22,30 @@ struct BijectionRows {
 
 constexpr int bijection_scratch = 5;  // tiles of T, as large as that of x
 
-// f(step, element) in any order.
+// f(step, element, lane) in any order.
 template <int64_t lanes, typename F>
 CO_HD void for_each(int64_t steps, const F& f) {
   if constexpr (lanes == 1) {
 #pragma GCC ivdep
-    for (int64_t k = 0; k < steps; ++k) f(k, k);
+    for (int64_t k = 0; k < steps; ++k) f(k, k, 0);
   } else {
     for (int64_t k = 0; k < steps; ++k) {
 #pragma GCC ivdep
-      for (int64_t l = 0; l < lanes; ++l) f(k, k * lanes + l);
+      for (int64_t l = 0; l < lanes; ++l) f(k, k * lanes + l, l);
     }
   }
 }
 
-// The sum of f(step, element) for each lane.
+// The sum of f(step, element, lane) for each lane.
 template <int64_t lanes, typename T, typename F>
 CO_HD void sum_up(int64_t steps, double (&totals)[lanes], const F& f) {
   std::fill_n(totals, lanes, 0.0);
   if constexpr (lanes == 1) {
-    add_up<T>(steps, totals, [&](int64_t i, T* values) CO_INLINE { values[0] = f(i, i); });
+    add_up<T>(steps, totals, [&](int64_t i, T* values) CO_INLINE { values[0] = f(i, i, 0); });
   } else {
     for (int64_t k = 0; k < steps; ++k) {
 #pragma GCC ivdep
-      for (int64_t l = 0; l < lanes; ++l) totals[l] += f(k, k * lanes + l);
+      for (int64_t l = 0; l < lanes; ++l) totals[l] += f(k, k * lanes + l, l);
     }
   }
 }
@@ -70,8 +70,8 @@ class Ilr {
     const T smallest = smallest_;
     T inverse[lanes];
     CO_EACH_LANE_OF(lanes) inverse[l] = T(1 / sum[l]);
-    for_each<lanes>(size_, [=, x = at.x](int64_t, int64_t i)
-                               CO_INLINE { x[i] = kept_positive(z[i] * inverse[i % lanes], smallest); });
+    for_each<lanes>(size_, [=, &inverse, x = at.x](int64_t, int64_t i, int64_t l)
+                               CO_INLINE { x[i] = kept_positive(z[i] * inverse[l], smallest); });
     if (at.log_det)
       for (int64_t l = 0; l < lanes; ++l)
         at.log_det[l] = T(0.5 * std::log(double(size_)) - size_ * (total[l] + largest[l] + std::log(sum[l])));
@@ -81,7 +81,7 @@ class Ilr {
     T *x = scratch, peak_g[lanes] = {};
     double total[lanes], mean_g[lanes] = {};
     logits(at.raw, x, total);
-    softmax(x, at.g, peak_g, nullptr, nullptr);
+    softmax(x, at.g, peak_g, nullptr, peak_g);
     if (at.g) mean(x, at.g, peak_g, mean_g);
     add_log_det(at.h, mean_g);
     to_raw(at.grad_raw, [=, g = at.g, &peak_g, &mean_g](int64_t i, int64_t l)
@@ -90,7 +90,7 @@ class Ilr {
 
   void double_backward(const BijectionRows<T>& at, T* scratch) const {
     T *x = scratch, *b = scratch + size_ * lanes, *c = b + size_ * lanes;
-    T peak_g[lanes] = {}, peak_b[lanes];
+    T peak_g[lanes] = {}, peak_b[lanes] = {};
     double total[lanes], total_along[lanes], mean_g[lanes] = {}, mean_b[lanes], mean_c[lanes];
     logits(at.raw, x, total);
     logits(at.along, b, total_along);
@@ -100,14 +100,14 @@ class Ilr {
     if (at.log_det)
       for (int64_t l = 0; l < lanes; ++l) at.log_det[l] = T(-size_ * (total_along[l] + peak_b[l] + mean_b[l]));
     add_log_det(at.h, mean_g);
-    for_each<lanes>(size_, [=, g = at.g, to = at.x, &peak_g, &peak_b, &mean_g, &mean_b](int64_t, int64_t i) CO_INLINE {
-      const int64_t l = i % lanes;
-      const T along = T(b[i] - peak_b[l] - mean_b[l]);
-      if (to) to[i] = x[i] * along;
-      c[i] = along * T((g ? g[i] - peak_g[l] : T(0)) - mean_g[l]);
-    });
+    for_each<lanes>(
+        size_, [=, g = at.g, to = at.x, &peak_g, &peak_b, &mean_g, &mean_b](int64_t, int64_t i, int64_t l) CO_INLINE {
+          const T along = T(b[i] - peak_b[l] - mean_b[l]);
+          if (to) to[i] = x[i] * along;
+          c[i] = along * T((g ? g[i] - peak_g[l] : T(0)) - mean_g[l]);
+        });
     if (!at.grad_raw) return;
-    sum_up<lanes, T>(size_, mean_c, [=](int64_t, int64_t i) CO_INLINE { return x[i] * c[i]; });
+    sum_up<lanes, T>(size_, mean_c, [=](int64_t, int64_t i, int64_t) CO_INLINE { return x[i] * c[i]; });
     to_raw(at.grad_raw, [=, &mean_c](int64_t i, int64_t l) CO_INLINE { return x[i] * T(c[i] - mean_c[l]); });
   }
 
@@ -126,40 +126,47 @@ class Ilr {
     }
   }
 
-  // Also what v, unless null, is at the largest z.
-  void find_largest(const T* z, T (&largest)[lanes], const T* v = nullptr, T* v_there = nullptr, const T* w = nullptr,
-                    T* w_there = nullptr) const {
+  void find_largest(const T* z, T (&largest)[lanes]) const {
+    if constexpr (lanes == 1) {
+      largest[0] = row_range<T, T>(z, size_).largest;
+      return;
+    }
     std::fill_n(largest, lanes, -std::numeric_limits<T>::infinity());
     for (int64_t k = 0; k < size_; ++k) {
-      for (int64_t l = 0; l < lanes; ++l) {
-        const int64_t i = k * lanes + l;
-        const bool larger = z[i] > largest[l];
-        largest[l] = larger ? z[i] : largest[l];
-        if (v) v_there[l] = larger ? v[i] : v_there[l];
-        if (w) w_there[l] = larger ? w[i] : w_there[l];
-      }
+      CO_EACH_LANE_OF(lanes) largest[l] = z[k * lanes + l] > largest[l] ? z[k * lanes + l] : largest[l];
+    }
+  }
+
+  // What v is at the largest z.
+  void find_there(const T* z, const T (&largest)[lanes], const T* v, T (&there)[lanes]) const {
+    std::fill_n(there, lanes, v[0]);
+    for (int64_t k = 0; k < size_; ++k) {
+      CO_EACH_LANE_OF(lanes) there[l] = z[k * lanes + l] == largest[l] ? v[k * lanes + l] : there[l];
     }
   }
 
   // z becomes exp(z - largest).
   void weigh(T* z, const T (&largest)[lanes], double (&sum)[lanes]) const {
-    for_each<lanes>(size_,
-                    [=, &largest](int64_t, int64_t i) CO_INLINE { z[i] = softmax_weight(z[i], largest[i % lanes]); });
-    sum_up<lanes, T>(size_, sum, [=](int64_t, int64_t i) CO_INLINE { return z[i]; });
+    for_each<lanes>(
+        size_, [=, &largest](int64_t, int64_t i, int64_t l) CO_INLINE { z[i] = softmax_weight(z[i], largest[l]); });
+    sum_up<lanes, T>(size_, sum, [=](int64_t, int64_t i, int64_t) CO_INLINE { return z[i]; });
   }
 
-  // z becomes x.
-  void softmax(T* z, const T* v, T* v_there, const T* w, T* w_there) const {
+  // z becomes x; v and w, unless null, are told at the largest.
+  void softmax(T* z, const T* v, T (&v_there)[lanes], const T* w, T (&w_there)[lanes]) const {
     T largest[lanes], inverse[lanes];
     double sum[lanes];
-    find_largest(z, largest, v, v_there, w, w_there);
+    find_largest(z, largest);
+    if (v) find_there(z, largest, v, v_there);
+    if (w) find_there(z, largest, w, w_there);
     weigh(z, largest, sum);
     CO_EACH_LANE_OF(lanes) inverse[l] = T(1 / sum[l]);
-    for_each<lanes>(size_, [=](int64_t, int64_t i) CO_INLINE { z[i] *= inverse[i % lanes]; });
+    for_each<lanes>(size_, [=, &inverse](int64_t, int64_t i, int64_t l) CO_INLINE { z[i] *= inverse[l]; });
   }
 
   void mean(const T* x, const T* v, const T (&there)[lanes], double (&of)[lanes]) const {
-    sum_up<lanes, T>(size_, of, [=](int64_t, int64_t i) CO_INLINE { return x[i] * (v[i] - there[i % lanes]); });
+    sum_up<lanes, T>(size_, of,
+                     [=, &there](int64_t, int64_t i, int64_t l) CO_INLINE { return x[i] * (v[i] - there[l]); });
   }
 
   void add_log_det(const T* h, double (&mean_g)[lanes]) const {
@@ -199,7 +206,7 @@ class StickBreaking {
 
   void forward(const BijectionRows<T>& at, T* scratch) const {
     T *taken = scratch, *log_left = taken + tile(), *log_det = log_left + tile();
-    for_each<lanes>(breaks_, [=, this, raw = at.raw](int64_t n, int64_t i) CO_INLINE {
+    for_each<lanes>(breaks_, [=, this, raw = at.raw](int64_t n, int64_t i, int64_t) CO_INLINE {
       const Break<T> broken(raw[i], rest_[n], log_rest_[n]);
       taken[i] = broken.taken;
       log_left[i] = broken.log_left();
@@ -208,11 +215,11 @@ class StickBreaking {
     sum_before(log_left);
     std::fill_n(taken + breaks_ * lanes, lanes, T(1));
     const T smallest = smallest_;
-    for_each<lanes>(breaks_ + 1, [=, x = at.x](int64_t, int64_t i)
+    for_each<lanes>(breaks_ + 1, [=, x = at.x](int64_t, int64_t i, int64_t)
                                      CO_INLINE { x[i] = kept_positive(stick_value(taken[i], log_left[i]), smallest); });
     if (at.log_det) {
       double sum[lanes];
-      add_lanes(sum, [=](int64_t, int64_t i) CO_INLINE { return log_det[i]; });
+      add_lanes(sum, [=](int64_t, int64_t i, int64_t) CO_INLINE { return log_det[i]; });
       for (int64_t l = 0; l < lanes; ++l) at.log_det[l] = T(sum[l]);
     }
   }
@@ -220,17 +227,16 @@ class StickBreaking {
   void backward(const BijectionRows<T>& at, T* scratch) const {
     T *taken = scratch, *left = taken + tile(), *remaining = left + tile();
     break_up(at.raw, taken, left, remaining);
-    double mean[lanes] = {};
-    if (at.g)
-      for (int64_t l = 0; l < lanes; ++l) mean[l] = at.g[breaks_ * lanes + l];
+    double mean[lanes] = {};  // of g less the last one, so that equal ones give exactly 0
+    const T *g = at.g, *last_g = g ? g + breaks_ * lanes : nullptr;
     for (int64_t n = breaks_; n-- > 0;) {
       const T rest = rest_[n];
       CO_EACH_LANE_OF(lanes) {
         const int64_t i = n * lanes + l;
-        const double deviation = (at.g ? at.g[i] : T(0)) - mean[l];
+        const double s = taken[i], here = g ? double(g[i]) - last_g[l] : 0.0;
         const T of_log_det = at.h ? at.h[l] * stick_log_det_raw(taken[i], left[i], rest) : T(0);
-        at.grad_raw[i] = T(deviation) * stick_slope(taken[i], left[i], remaining[i]) + of_log_det;
-        mean[l] += taken[i] * deviation;
+        at.grad_raw[i] = T(here - mean[l]) * stick_slope(taken[i], left[i], remaining[i]) + of_log_det;
+        mean[l] = stick_mean(mean[l], here, s);
       }
     }
   }
@@ -239,10 +245,10 @@ class StickBreaking {
     T *taken = scratch, *left = taken + tile(), *remaining = left + tile(), *before = remaining + tile();
     const T* a = at.along;
     break_up(at.raw, taken, left, remaining);
-    for_each<lanes>(breaks_, [=](int64_t, int64_t i) CO_INLINE { before[i] = taken[i] * a[i]; });
+    for_each<lanes>(breaks_, [=](int64_t, int64_t i, int64_t) CO_INLINE { before[i] = taken[i] * a[i]; });
     sum_before(before);
     if (T* for_g = at.x) {
-      for_each<lanes>(breaks_, [=](int64_t, int64_t i) CO_INLINE {
+      for_each<lanes>(breaks_, [=](int64_t, int64_t i, int64_t) CO_INLINE {
         for_g[i] = remaining[i] * taken[i] * stick_along(left[i], a[i], before[i]);
       });
       for (int64_t i = breaks_ * lanes; i < (breaks_ + 1) * lanes; ++i)
@@ -250,24 +256,23 @@ class StickBreaking {
     }
     if (at.log_det) {
       double sum[lanes];
-      add_lanes(sum, [=, this](int64_t n, int64_t i)
+      add_lanes(sum, [=, this](int64_t n, int64_t i, int64_t)
                          CO_INLINE { return a[i] * stick_log_det_raw(taken[i], left[i], rest_[n]); });
       for (int64_t l = 0; l < lanes; ++l) at.log_det[l] = T(sum[l]);
     }
     if (!at.grad_raw) return;
     double mean[lanes] = {}, after[lanes] = {};
-    if (at.g)
-      for (int64_t l = 0; l < lanes; ++l) mean[l] = at.g[breaks_ * lanes + l];
+    const T *g = at.g, *last_g = g ? g + breaks_ * lanes : nullptr;
     for (int64_t n = breaks_; n-- > 0;) {
       const T rest = rest_[n];
       CO_EACH_LANE_OF(lanes) {
         const int64_t i = n * lanes + l;
-        const double s = taken[i], deviation = (at.g ? at.g[i] : T(0)) - mean[l];
+        const double s = taken[i], here = g ? double(g[i]) - last_g[l] : 0.0, deviation = here - mean[l];
         const double second = stick_second<double>(deviation, a[i], s, left[i], before[i], after[l]);
         const T of_log_det = at.h ? at.h[l] * a[i] * stick_log_det_raw_raw(taken[i], left[i], rest) : T(0);
         at.grad_raw[i] = T(second) * stick_slope(taken[i], left[i], remaining[i]) + of_log_det;
         after[l] = stick_after<double>(deviation, a[i], s, left[i], after[l]);
-        mean[l] += s * deviation;
+        mean[l] = stick_mean(mean[l], here, s);
       }
     }
   }
@@ -277,14 +282,15 @@ class StickBreaking {
 
   // Also what remains of the stick before each break, and in the end.
   void break_up(const T* raw, T* taken, T* left, T* remaining) const {
-    for_each<lanes>(breaks_, [=, this](int64_t n, int64_t i) CO_INLINE {
+    for_each<lanes>(breaks_, [=, this](int64_t n, int64_t i, int64_t) CO_INLINE {
       const Break<T> broken(raw[i], rest_[n], log_rest_[n]);
       taken[i] = broken.taken;
       left[i] = broken.left;
       remaining[i] = broken.log_left();
     });
     sum_before(remaining);
-    for_each<lanes>(breaks_ + 1, [=](int64_t, int64_t i) CO_INLINE { remaining[i] = stick_value(T(1), remaining[i]); });
+    for_each<lanes>(breaks_ + 1,
+                    [=](int64_t, int64_t i, int64_t) CO_INLINE { remaining[i] = stick_value(T(1), remaining[i]); });
   }
 
   // Each number becomes the sum of those before it; one more than there are breaks.
