@@ -322,6 +322,24 @@ def test_bijection_results_lie_as_promised(kernels: Any, kind: str, layout: Any,
                     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bijections_far_out(kernels: Any, kind: str, dtype: torch.dtype) -> None:
+    """Strictly positive, log-determinants finite where the dtype holds them; a NaN stays in its row."""
+    of, device = kernels
+    far = torch.tensor(
+        [[1e4, -1e4, 0.0], [-1e4, -1e4, -1e4], [80.0, 80.0, -80.0], [NAN, 0.0, 0.0], [20.0, -20.0, 20.0]]
+    )
+    raw = far.to(dtype).to(device)
+    x, log_det = of(kind, "forward_log_det")(raw, 1)
+    whole = [0, 1, 2, 4]
+    assert (x[whole] > 0).all() and x[whole].isfinite().all()
+    assert x[3].isnan().all() and log_det.isnan().tolist() == [False, False, False, True, False]
+    want = _library._references[kind]["forward_log_det"](raw.cpu().double(), 1)[1]
+    torch.testing.assert_close(log_det[whole].cpu().double(), want.to(dtype)[whole].double(), rtol=4e-3, atol=0)
+    assert of(kind, "backward")(torch.ones_like(x), None, raw, 1)[whole].isfinite().all()
+
+
 @pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("kind", KINDS)
