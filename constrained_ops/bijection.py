@@ -1,7 +1,7 @@
 """The bijections from K - 1 numbers to the simplex of K: isometric log-ratios and stick-breaking.
 
 n counts raw from 1 to K - 1, and k counts x from 1 to K (``csrc/math/bijection.h`` has the numerics). For both kinds
-the log-determinant, of the Jacobian without x_K, is the logarithm of a product of all x:
+the determinant, of the Jacobian without x_K, is the product of all x but for a constant:
 
     log_det = sum_k log x_k + (log(K) / 2 for "ilr", 0 for "stick_breaking")
 

@@ -20,7 +20,7 @@ struct BijectionRows {
   T *x, *log_det, *grad_raw;     // null: not wanted
 };
 
-constexpr int bijection_scratch = 5;  // tiles of T, as large as that of x
+constexpr int bijection_scratch = 4;  // tiles of T, as large as that of x
 
 // f(step, element, lane) in any order.
 template <int64_t lanes, typename F>
