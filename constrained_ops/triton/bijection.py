@@ -10,6 +10,7 @@ leaves where it stood at each block.
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -465,7 +466,10 @@ def stick_breaking_backward_kernel(
 
 # --- The launchers ---------------------------------------------------------------------------------------------------
 
-TILE = 2048  # scans need more registers than sums
+
+def _tile(raw: Tensor) -> int:
+    """Scans need more registers than sums."""
+    return 512 if raw.dtype == torch.float64 else 2048
 
 
 def _dense(raw: Tensor, dim: int) -> Tensor:
@@ -483,7 +487,7 @@ def _forward(kernel: Any, raw: Tensor, dim: int, with_log_det: bool) -> tuple[Te
     if x.numel():
         with device_of(raw):
             operand = _operand(raw, raw, dim, "raw")
-            launch_rows(kernel, results, [operand], x, dim, heavy=True, tile=TILE, WITH_LOG_DET=with_log_det)
+            launch_rows(kernel, results, [operand], x, dim, heavy=True, tile=_tile(raw), WITH_LOG_DET=with_log_det)
     return results
 
 
@@ -514,7 +518,7 @@ def _backward(
             dense,
             dim,
             heavy=True,
-            tile=TILE,
+            tile=_tile(raw),
             WITH_ALONG=along is not None,
             WITH_G=grad_x is not None,
             WITH_H=grad_log_det is not None,
@@ -527,7 +531,7 @@ def _backward(
 
 def _most_carries(dense: Tensor, dim: int) -> int:
     """Two for each of the shortest blocks that ``launch_rows`` makes of a row."""
-    shortest = 64
+    shortest = 16
     return 2 * (dense.numel() // dense.shape[dim]) * triton.cdiv(dense.shape[dim], shortest)
 
 
