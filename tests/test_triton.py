@@ -445,3 +445,49 @@ def test_simplex_of_numbers_beyond_measure(size: int, dtype: torch.dtype) -> Non
     grad = KERNELS["simplex"]["backward"](numbers(dtype, 5, size), rows, 1)
     assert grad[[1, 3, 4]].isnan().all()
     assert not grad[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "dtype"),
+    [
+        ((2, 2047), 1, torch.float32),
+        ((2, 5000), 1, torch.float32),
+        ((1, 4500), 1, torch.bfloat16),
+        ((1, 5000), 1, torch.float64),
+        ((300, 33), 0, torch.float32),
+        ((2, 70, 5), 1, torch.float16),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("kind", ["ilr", "stick_breaking"])
+def test_bijections_in_one_block_and_in_several(
+    kind: str, shape: tuple[int, ...], dim: int, dtype: torch.dtype
+) -> None:
+    raw, along = numbers(dtype, *shape), numbers(dtype, *shape, seed=1)
+    x_shape = [n + (d == dim) for d, n in enumerate(shape)]
+    g, h = numbers(dtype, *x_shape, seed=2), numbers(dtype, *shape[:dim], *shape[dim + 1 :], seed=3) / shape[dim]
+    kernels, reference = KERNELS[kind], _library._references[kind]
+    eps, size = torch.finfo(dtype).eps, x_shape[dim]
+    for kernel, args, scale in (
+        ("forward", (raw, dim), 1.0),
+        ("forward_log_det", (raw, dim), size),
+        ("backward", (g, h, raw, dim), 4.0),
+        ("backward", (g, None, raw, dim), 1.0),
+        ("double_backward", (along, g, h, raw, dim, 7), 64.0 + size),
+    ):
+        got = kernels[kernel](*args)
+        want = reference[kernel](*(a.double() if isinstance(a, Tensor) else a for a in args))
+        for result, value in zip(*(v if isinstance(v, tuple) else (v,) for v in (got, want)), strict=True):
+            assert result.dtype == dtype
+            rounding = 32 * torch.finfo(compute_dtype(dtype)).eps * scale
+            torch.testing.assert_close(result.double(), value, rtol=max(eps, 1e-5), atol=rounding)
+
+
+@pytest.mark.parametrize("needed", range(8))
+@pytest.mark.parametrize("kind", ["ilr", "stick_breaking"])
+def test_results_of_bijections_that_are_not_needed(kind: str, needed: int) -> None:
+    raw, along, g, h = (numbers(torch.float32, *shape) for shape in ((5, 6), (5, 6), (5, 7), (5,)))
+    everything = KERNELS[kind]["double_backward"](along, g, h, raw, 1, 7)
+    some = KERNELS[kind]["double_backward"](along, g, h, raw, 1, needed)
+    for i, (one, other) in enumerate(zip(some, everything, strict=True)):
+        assert torch.equal(one, other) if needed >> i & 1 else one.numel() == 0

@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "../../csrc/cuda/bijection.cuh"
 #include "../../csrc/cuda/elementwise.cuh"
 #include "../../csrc/cuda/projection.cuh"
 #include "../../csrc/cuda/simplex.cuh"
@@ -182,6 +183,73 @@ void project(int64_t outer, int64_t length, int64_t inner, int shift = 0) {
   }
 }
 
+// Forward and backward of the bijections.
+template <typename Storage>
+void bijections(int64_t outer, int64_t length, int64_t inner, int shift = 0) {
+  using T = compute_t<Storage>;
+  const int64_t n = outer * length * inner, m = outer * (length - 1) * inner, count = outer * inner;
+  const Memory<Storage> raw(m, shift), grad(n, shift), grad_log_det(count, shift);
+  const Rows rows(outer, length, inner);
+  const auto check_kind = [&](const char* name, auto forward, auto backward, bool ilr) {
+    Memory<Storage> x(n, shift), log_det(count, shift), grad_raw(m, shift);
+    const BijectionShape shape(rows, bijection_threads<Storage, 1>);
+    Memory<T> carries(count * shape.parts * 2);
+    const BijectionOperands<Storage> operands{raw.data,          nullptr,      grad.data,
+                                              grad_log_det.data, x.data,       log_det.data,
+                                              grad_raw.data,     carries.data, next_above<Storage>(T(0))};
+    auto of_forward = operands, of_backward = operands;
+    of_forward.grad_raw = nullptr;
+    of_backward.x = of_backward.log_det = nullptr;
+    launch_bijection<decltype(forward), 0>(queue, of_forward, rows, shape);
+    launch_bijection<decltype(backward), 1>(queue, of_backward, rows, shape);
+    for (int64_t row = 0; row < count; ++row) {
+      const int64_t first = row / inner * length * inner + row % inner;
+      const int64_t first_raw = row / inner * (length - 1) * inner + row % inner;
+      const auto r = [&](int64_t k) { return raw[first_raw + (k - 1) * inner]; };  // k from 1
+      std::vector<double> log_x(length), u(length), after(length + 1);
+      double total = 0, sum = 0, before = 0;
+      if (ilr) {
+        for (int64_t k = 1; k < length; ++k) {
+          const double w = r(k) / std::sqrt(k * (k + 1.0));
+          total += w;
+          log_x[k] = -total - k * w;
+        }
+        for (const double z : log_x) sum += std::exp(z);
+        for (double& z : log_x) z -= std::log(sum);
+      } else {
+        for (int64_t k = 1; k <= length; ++k) {
+          const double odds = k < length ? r(k) - std::log(double(length - k)) : 0;
+          log_x[k - 1] = total - (k < length ? std::log1p(std::exp(-odds)) : 0);
+          total -= k < length ? std::log1p(std::exp(odds)) : 0;
+        }
+      }
+      double expected_log_det = ilr ? 0.5 * std::log(double(length)) : 0;
+      for (int64_t k = length - 1; k >= 0; --k) {
+        const int64_t at = first + k * inner;
+        expect(name, at, x.data[at], std::exp(log_x[k]));
+        expected_log_det += log_x[k];
+        u[k] = grad[at] * std::exp(log_x[k]) + grad_log_det[row];
+        after[k] = after[k + 1] + u[k];
+      }
+      const auto to_logit = [&](int64_t k) { return u[k] - after[0] * std::exp(log_x[k]); };
+      const double rounding = tolerance<Storage> * length * 8;                               // sums along the row
+      const double held = to_double(to_storage<Storage>(static_cast<T>(expected_log_det)));  // may overflow
+      if (log_det[row] != held && !(std::abs(log_det[row] - held) <= rounding))
+        expect(name, row, log_det.data[row], NAN);
+      for (int64_t k = 1; k < length; ++k) {
+        before += to_logit(k - 1);
+        const double taken = sigmoid(r(k) - std::log(double(length - k)));
+        const double expected =
+            ilr ? (before - k * to_logit(k)) / std::sqrt(k * (k + 1.0)) : (1 - taken) * u[k - 1] - taken * after[k];
+        const int64_t at = first_raw + (k - 1) * inner;
+        if (!(std::abs(grad_raw[at] - expected) <= rounding)) expect(name, at, grad_raw.data[at], NAN);
+      }
+    }
+  };
+  check_kind("ilr", Ilr<T, 0>{}, Ilr<T, 1>{}, true);
+  check_kind("stick-breaking", StickBreaking<T, 0>{}, StickBreaking<T, 1>{}, false);
+}
+
 // One slot of the optimizers' step, in two work items, and what it should come to: `g` is the gradient to what Adam
 // walks on, `before` that number.
 template <typename Storage>
@@ -308,6 +376,9 @@ void step_rows_of(StepKind kind, const RowLayout& rows, int cache, int shift = 0
 // Every way in which threads share memory: a block per row, columns, and both in parts.
 template <typename Storage>
 void sharing_kernels() {
+  bijections<Storage>(3, 300, 1);
+  bijections<Storage>(1, 5000, 1);
+  bijections<Storage>(2, 70, 5);
   for (const auto rows : {softmax<Storage>, project<Storage>}) {
     rows(3, 300, 1, 0);
     rows(2, 1032, 1, 0);
@@ -336,6 +407,8 @@ void other_kernels() {
   }
   softmax<Storage>(2, 17, 3);
   project<Storage>(2, 17, 3);
+  for (const int64_t length : {1, 2, 8, 33, 128}) bijections<Storage>(3, length, 1, 1);
+  bijections<Storage>(2, 17, 3);
   for (const int shift : {0, 1}) {
     for (const int64_t n : {1, 7, 2051}) {
       step_elements_of<Storage>(StepKind::box, n, shift);
