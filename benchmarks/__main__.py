@@ -14,6 +14,7 @@ import torch
 from . import (
     bench_bijection,
     bench_bounded,
+    bench_flat,
     bench_parametrize,
     bench_positive,
     bench_projection,
@@ -25,6 +26,7 @@ from . import (
 BENCHES = (
     bench_bijection,
     bench_bounded,
+    bench_flat,
     bench_parametrize,
     bench_positive,
     bench_projection,

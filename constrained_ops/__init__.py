@@ -4,6 +4,7 @@ from . import _library, optim
 from ._info import build_info
 from ._library import backend
 from .bounded import bounded, bounded_inverse
+from .flat import FlatParameters
 from .parametrizations import Bounded, Positive, Simplex, register_constraint
 from .positive import positive, positive_inverse
 from .projection import project_simplex
@@ -11,6 +12,7 @@ from .simplex import simplex, simplex_inverse
 
 __all__ = [
     "Bounded",
+    "FlatParameters",
     "Positive",
     "Simplex",
     "backend",
