@@ -137,15 +137,15 @@ def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
     return all(have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False))
 
 
-def dimension(op: str, raw: Tensor, dim: int, name: str = "raw") -> int:
-    """``dim`` as a number that is not negative, along which ``raw`` has at least one element."""
+def dimension(op: str, raw: Tensor, dim: int, name: str = "raw", least: int = 1) -> int:
+    """``dim`` as a number that is not negative, along which ``raw`` has at least ``least`` (0 or 1) elements."""
     rank = max(raw.dim(), 1)
     if not -rank <= dim < rank:
         raise IndexError(
             f"{op}: dim must be from {-rank} to {rank - 1} for {name} of shape {tuple(raw.shape)}, got {dim}"
         )
     dim %= rank
-    if raw.dim() and raw.shape[dim] == 0:
+    if raw.dim() and raw.shape[dim] < least:
         raise ValueError(f"{op}: {name} needs at least one element along dim {dim}, got shape {tuple(raw.shape)}")
     return dim
 

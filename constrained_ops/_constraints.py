@@ -107,10 +107,11 @@ class Box:
 
 @dataclass(frozen=True, eq=False)
 class SimplexOf:
-    """x >= 0 with sum x = total along dim."""
+    """x >= 0 with sum x = total along dim. ``kind``: of the transform, "softmax" wherever one of this class is used."""
 
     dim: int = -1
     total: float = 1.0
+    kind: str = "softmax"
 
     def on(self, op: str, param: Tensor, name: str = "parameter") -> SimplexOf:
         """This simplex with a dim that is not negative. Raises as :func:`constrained_ops.simplex`."""

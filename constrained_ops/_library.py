@@ -19,6 +19,8 @@ What the operators may rely on, because the public functions see to it:
 - Tensor bounds have raw's shape (expanded views included) and its :func:`compute_dtype`, as do their gradients.
 - Results have the layout of ``torch.empty_like(raw)``; in a projection of ``y``, or of ``x`` where there is none.
 - A result whose bit in ``needed`` is 0 is an empty tensor.
+- In a bijection ``x`` has one element more along ``dim`` than raw, and ``log_det`` lacks ``dim``; both have raw's order
+  of dimensions in memory (:func:`empty_bijection`). raw has a dimension, and maybe no element along ``dim``.
 - ``dim`` is not negative; a 0-dim raw counts as one row of one.
 - ``x`` is the transform of raw, where it is at hand: an implementation may save itself computing it anew.
 """
@@ -71,7 +73,28 @@ PROJECTION = {
     "forward.weighted": ("Tensor x, Tensor weight, int dim, float total", 1),
     "backward.weighted": ("Tensor grad_y, Tensor? x, Tensor y, Tensor weight, int dim, int needed", 2),
 }
-TRANSFORMS = {"bounded": ELEMENTWISE, "exponential": ELEMENTWISE, "simplex": ROWWISE, "projection": PROJECTION}
+_BIJECTION_GRADS = f"{_GRADS}, Tensor raw, int dim"
+BIJECTION = {
+    "forward": ("Tensor raw, int dim", 1),
+    "forward_log_det": ("Tensor raw, int dim", 2),
+    "backward": (_BIJECTION_GRADS, 1),
+    "double_backward": (f"Tensor along_raw, {_BIJECTION_GRADS}, int needed", 3),
+}
+# What the results of a bijection's kernels are like.
+BIJECTION_RESULTS = {
+    "forward": ("x",),
+    "forward_log_det": ("x", "log_det"),
+    "backward": ("raw",),
+    "double_backward": ("x", "log_det", "raw"),
+}
+TRANSFORMS = {
+    "bounded": ELEMENTWISE,
+    "exponential": ELEMENTWISE,
+    "simplex": ROWWISE,
+    "projection": PROJECTION,
+    "ilr": BIJECTION,
+    "stick_breaking": BIJECTION,
+}
 
 # The step of the optimizers (optim/_tables.py), for devices other than the CPU. `param` and `exp_avg` say by example
 # which device and dtypes are meant. What is written beside `progress` stands in the tables as addresses, of which
@@ -122,7 +145,7 @@ def define(transform: str, reference: dict[str, Callable[..., Any]]) -> Kernels:
         returns = "Tensor" if results == 1 else f"({', '.join(['Tensor'] * results)})"
         _library.define(f"{name}({arguments}) -> {returns}", tags=(torch.Tag.pt2_compliant_tag,))
         operator = overload(transform, kernel)
-        fake = _fake(operator, kernel, results)
+        fake = _bijection_fake(kernel) if TRANSFORMS[transform] is BIJECTION else _fake(operator, kernel, results)
         _library.impl(operator, _with_layout(reference[kernel], fake), "CompositeExplicitAutograd")
         torch.library.register_fake(operator, fake, lib=_library)
         torch.library.register_vmap(operator, _batching_rule(operator), lib=_library)
@@ -170,6 +193,37 @@ def _fake(operator: torch._ops.OpOverload, kernel: str, results: int) -> Callabl
     return fake
 
 
+def empty_bijection(raw: Tensor, dim: int, kinds: Sequence[str], needed: int = -1) -> tuple[Tensor, ...]:
+    """Results like "raw", "x" or "log_det"; empty tensors where ``needed`` has no bit."""
+    strides = torch.empty_like(raw).stride()
+    slowest_first = sorted(range(raw.dim()), key=lambda d: -strides[d])
+
+    def empty(kind: str) -> Tensor:
+        if kind == "raw":
+            return torch.empty_like(raw)
+        sizes, grown = list(raw.shape), [0] * raw.dim()
+        sizes[dim] = sizes[dim] + 1 if kind == "x" else 1
+        step = 1
+        for d in reversed(slowest_first):
+            grown[d] = step
+            step = step * max(sizes[d], 1)
+        result = raw.new_empty_strided(sizes, grown)
+        return result if kind == "x" else result.squeeze(dim)
+
+    return tuple(empty(kind) if needed >> i & 1 else raw.new_empty(0) for i, kind in enumerate(kinds))
+
+
+def _bijection_fake(kernel: str) -> Callable[..., Any]:
+    kinds, grads = BIJECTION_RESULTS[kernel], {"backward": 2, "double_backward": 3}.get(kernel, 0)
+
+    def fake(*args: Any) -> Any:
+        raw, dim, *needed = args[grads:]
+        results = empty_bijection(raw, dim, kinds, *needed)
+        return results[0] if len(results) == 1 else results
+
+    return fake
+
+
 def _with_layout(function: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Let plain PyTorch fill results of the promised layout: a sum's strides follow all its operands, not raw's."""
 
@@ -189,7 +243,8 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
     """One more leading dimension is no news to an elementwise kernel, and shifts ``dim`` by one in a rowwise one."""
-    raw_at, dim_at = like_position(operator), _argument_positions(operator).get("dim")
+    positions = _argument_positions(operator)
+    raw_at, dim_at, needed_at = like_position(operator), positions.get("dim"), positions.get("needed")
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         raw, raw_dim = args[raw_at], in_dims[raw_at]
@@ -197,8 +252,10 @@ def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
         moved = list(args)
         for i, (argument, in_dim) in enumerate(zip(args, in_dims, strict=True)):
             if isinstance(argument, Tensor):
-                front = argument if in_dim is None else argument.movedim(in_dim, 0)
-                moved[i] = front.expand(info.batch_size, *row_shape)
+                if in_dim is None:
+                    moved[i] = argument.expand(info.batch_size, *argument.shape)
+                else:
+                    moved[i] = argument.movedim(in_dim, 0)
         if dim_at is not None:
             if not row_shape:  # a batch of 0-dim rows: give the rows their dimension
                 moved = [m.unsqueeze(-1) if isinstance(m, Tensor) else m for m in moved]
@@ -206,7 +263,10 @@ def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
         results = operator(*moved)
         if dim_at is not None and not row_shape:
             results = results.squeeze(-1) if isinstance(results, Tensor) else tuple(r.squeeze(-1) for r in results)
-        return results, 0 if isinstance(results, Tensor) else tuple(0 if r.numel() else None for r in results)
+        needed = -1 if needed_at is None else args[needed_at]
+        if isinstance(results, Tensor):
+            return results, 0
+        return results, tuple(0 if needed >> i & 1 else None for i in range(len(results)))
 
     return batched
 

@@ -135,7 +135,7 @@ class Simplex(ConstraintModule):
 
     Args:
         dim: the dimension that sums to 1.
-        kind: "softmax".
+        kind: "softmax", or "ilr" or "stick_breaking", whose raw has one element less along ``dim``.
 
     Raises:
         ValueError: an unknown kind.
@@ -148,13 +148,13 @@ class Simplex(ConstraintModule):
         self.kind = kind
 
     def record(self) -> SimplexOf:
-        return SimplexOf(self.dim)
+        return SimplexOf(self.dim, kind=self.kind)
 
     def forward(self, raw: Tensor) -> Tensor:
         return simplex(raw, self.dim, kind=self.kind)
 
     def right_inverse(self, x: Tensor) -> Tensor:
-        """The logarithm of ``x``, zeros included. ValueError for negative values and for sums that are not 1."""
+        """The raw of ``x``, zeros included. ValueError for negative values and for sums that are not 1."""
         _check(type(self).__name__, "value", self, x)
         return simplex_inverse(x, self.dim, kind=self.kind)
 

@@ -1,4 +1,4 @@
-"""The transform onto the simplex: softmax along one dimension.
+"""Transforms onto the simplex along one dimension: softmax here, the kinds that are bijections in ``bijection.py``.
 
 With <v> = sum_i x_i v_i (``csrc/math/simplex.h`` has the numerics):
 
@@ -9,19 +9,19 @@ With <v> = sum_i x_i v_i (``csrc/math/simplex.h`` has the numerics):
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.compiler import is_compiling
 
-from . import _checks, _library
+from . import _checks, _library, bijection
 from ._autograd import applier, bits, implementation, needs_graph, only
-from ._elementwise import next_above
 from ._library import compute_dtype
+from ._rows import centered, shifted, smallest_positive
 
-KINDS = ("softmax",)
+KINDS = ("softmax", *bijection.KERNELS)
 
 
 # --- Reference -----------------------------------------------------------------------------------------------------
@@ -31,37 +31,29 @@ def _softmax(raw: Tensor, dim: int) -> Tensor:
     return torch.softmax(raw.to(compute_dtype(raw.dtype)), dim)
 
 
-def _shifted(v: Tensor, raw: Tensor, dim: int) -> Tensor:
-    """v less its value at the row's largest x, so that the mean keeps its digits when one x is nearly 1."""
-    v = v.to(compute_dtype(raw.dtype))
-    if raw.dim() == 0:
-        return v - v
-    return v - v.gather(dim, raw.argmax(dim, keepdim=True))
-
-
-def _centered(x: Tensor, v: Tensor, dim: int) -> Tensor:
-    return v - (x * v).sum(dim, keepdim=True) if x.dim() else v - v
-
-
 def _forward(raw: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """In ``dtype``, by default that of raw."""
     dtype = dtype or raw.dtype
-    smallest = next_above(torch.zeros((), dtype=compute_dtype(raw.dtype), device=raw.device), dtype)
     x = _softmax(raw, dim)
+    smallest = smallest_positive(x, dtype)
     return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(dtype)
 
 
 def _backward(grad_x: Tensor, raw: Tensor, dim: int, _: Tensor | None = None) -> Tensor:
     x = _softmax(raw, dim)
-    return (x * _centered(x, _shifted(grad_x, raw, dim), dim)).to(raw.dtype)
+    return (x * _about_mean(x, grad_x, raw, dim)).to(raw.dtype)
+
+
+def _about_mean(x: Tensor, v: Tensor, raw: Tensor, dim: int) -> Tensor:
+    return centered(x, shifted(v, raw.to(x.dtype), dim), dim)
 
 
 def _double_backward(
     along_raw: Tensor, grad_x: Tensor, raw: Tensor, dim: int, needed: int = 3
 ) -> tuple[Tensor, Tensor]:
     x = _softmax(raw, dim)
-    along, g = (_centered(x, _shifted(v, raw, dim), dim) for v in (along_raw, grad_x))
-    return (x * along).to(raw.dtype), (x * _centered(x, along * g, dim)).to(raw.dtype)
+    along, g = (_about_mean(x, v, raw, dim) for v in (along_raw, grad_x))
+    return (x * along).to(raw.dtype), (x * centered(x, along * g, dim)).to(raw.dtype)
 
 
 _kernels = _library.define("simplex", {"forward": _forward, "backward": _backward, "double_backward": _double_backward})
@@ -129,60 +121,93 @@ _softmax_backward = applier(SoftmaxBackward, _softmax_backward_jvp)
 # --- Public --------------------------------------------------------------------------------------------------------
 
 
-def simplex(raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: bool = False) -> Tensor:
+@overload
+def simplex(raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: Literal[False] = False) -> Tensor: ...
+@overload
+def simplex(
+    raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+def simplex(
+    raw: Tensor, dim: int = -1, *, kind: str = "softmax", return_log_det: bool = False
+) -> Tensor | tuple[Tensor, Tensor]:
     """Map ``raw`` to the simplex along ``dim``: positive numbers that sum to 1.
 
-    In place of ``torch.softmax(raw, dim)``: differentiates twice in one kernel each, loses no digits of 16-bit
-    gradients to the rounding of x, and never gives an exact 0 for a finite raw (an infinitely negative one gives 0: a
-    mask). Like ``torch.softmax``, it keeps the result for backward on a CPU, except in 16 bits.
+    "softmax", from K numbers to K, in place of ``torch.softmax(raw, dim)``: differentiates twice in one kernel each,
+    loses no digits of 16-bit gradients to the rounding of x, and never gives an exact 0 for a finite raw (an infinitely
+    negative one gives 0: a mask). Like ``torch.softmax``, it keeps the result for backward on a CPU, except in 16 bits.
+
+    The other kinds are bijections from K - 1 numbers to K and have a log-determinant, for densities. "ilr", isometric
+    log-ratios, preserves distances: between raws those between the logarithms of x, centred. "stick_breaking" is the
+    map of ``torch.distributions.StickBreakingTransform``, without its clipping. For both raw = 0 gives equal parts;
+    they keep raw for backward, and never give an exact 0.
 
     Args:
-        raw: any shape with at least one element along ``dim``; float16, bfloat16, float32 or float64.
+        raw: any shape; float16, bfloat16, float32 or float64. At least one element along ``dim`` for "softmax"; at
+            least one dimension for the other kinds, which make the one-element row 1 out of none.
         dim: the dimension that sums to 1.
-        kind: "softmax", from K numbers to K.
-        return_log_det: must be false for "softmax", which maps K numbers to a set of K - 1 dimensions.
+        kind: "softmax", "ilr" or "stick_breaking".
+        return_log_det: return log |det dx/draw| too, where x is taken without its last element along ``dim``; must be
+            false for "softmax", which maps K numbers to a set of K - 1 dimensions.
 
     Returns:
-        x: shape, dtype and layout of raw.
+        x: dtype and layout of raw; its shape, with one element more along ``dim`` for the bijections.
+        log_det, if asked for: dtype of raw, and its shape without ``dim``.
 
     Raises:
         TypeError: raw is not a floating-point tensor.
         IndexError: dim is out of range.
         ValueError: no elements along dim, an unknown kind, or a log-det that does not exist.
+
+    Source: for "ilr", Egozcue and others, "Isometric logratio transformations for compositional data analysis" (2003).
     """
     _checks.kind("simplex", kind, KINDS)
-    if return_log_det:
-        raise ValueError(
-            'simplex: kind "softmax" has no Jacobian determinant, since it maps K numbers onto K - 1 dimensions; '
-            'the bijective kind "ilr", which has one, is not part of this version'
-        )
+    if kind == "softmax":
+        if return_log_det:
+            raise ValueError(
+                'simplex: kind "softmax" has no Jacobian determinant, since it maps K numbers onto K - 1 dimensions; '
+                'the bijective kinds "ilr" and "stick_breaking" have one'
+            )
+        _checks.floating("simplex", raw)
+        return _softmax_transform(raw, _checks.dimension("simplex", raw, dim))
     _checks.floating("simplex", raw)
-    return _softmax_transform(raw, _checks.dimension("simplex", raw, dim))
+    dim = _checks.dimension("simplex", raw, dim, least=0)
+    _has_rows("simplex", raw, kind)
+    return bijection.transform(raw, dim, kind, return_log_det)
+
+
+def _has_rows(op: str, tensor: Tensor, kind: str, name: str = "raw") -> None:
+    if tensor.dim() == 0:
+        raise ValueError(f'{op}: {name} needs at least one dimension for kind "{kind}", got shape ()')
 
 
 def simplex_inverse(x: Tensor, dim: int = -1, *, kind: str = "softmax") -> Tensor:
-    """A raw that :func:`simplex` maps to ``x``: its logarithm, one of many, since softmax forgets a constant.
+    """The raw that :func:`simplex` maps to ``x``; for "softmax" its logarithm, one of many, as it forgets a constant.
 
-    A coordinate that is 0, or negative by a rounding error, gives the smallest finite logarithm of the dtype; one
-    further below 0 or further above 1 gives NaN. Plain PyTorch, differentiable to any order.
+    A coordinate that is 0, or negative by a rounding error, counts as the smallest positive number of the dtype, so
+    that raw is finite; one further below 0 or further above 1 gives NaN. Plain PyTorch, differentiable to any order.
 
     Args:
         x: any shape; float16, bfloat16, float32 or float64.
         dim, kind: as for :func:`simplex`.
 
     Returns:
-        raw: shape and dtype of x.
+        raw: dtype of x and its shape, with one element less along ``dim`` for the bijections.
     """
     _checks.kind("simplex_inverse", kind, KINDS)
     _checks.floating("simplex_inverse", x, "x")
-    _checks.dimension("simplex_inverse", x, dim, "x")
-    return raw_at(x).to(x.dtype)
+    dim = _checks.dimension("simplex_inverse", x, dim, "x")
+    if kind == "softmax":
+        return raw_at(x).to(x.dtype)
+    _has_rows("simplex_inverse", x, kind, "x")
+    return bijection.INVERSES[kind](raw_at(x), dim).to(x.dtype)
 
 
 def raw_at(x: Tensor) -> Tensor:
-    """:func:`simplex_inverse` in the compute dtype, without its checks of arguments."""
+    """log x in the compute dtype: :func:`simplex_inverse` for softmax, without its checks of arguments."""
     slack = torch.finfo(x.dtype).eps
     y = x.to(compute_dtype(x.dtype))
-    smallest = next_above(y.new_zeros(()), x.dtype)
+    smallest = smallest_positive(y, x.dtype)
     outside = (y < -slack) | (y > 1 + slack)
     return torch.where(outside, torch.nan, torch.maximum(y, smallest).clamp(max=1.0).log())

@@ -156,6 +156,102 @@ def simplex(raw: Tensor, g: Tensor, along: Tensor) -> SimplexTruth:
         return SimplexTruth(*(torch.tensor([float(v) for v in col], dtype=torch.float64) for col in columns))
 
 
+@dataclass
+class BijectionTruth:
+    """Of one row: x, log_det, backward along (g, h), and the results of its derivative along a.
+
+    By the Jacobian of log x as a matrix. Each ``*_scale`` sums the magnitudes of the terms that a result is a sum of.
+    """
+
+    x: Tensor
+    log_x: Tensor
+    log_det: Tensor
+    grad_raw: Tensor
+    grad_raw_scale: Tensor
+    for_grad_x: Tensor
+    for_grad_x_scale: Tensor
+    for_grad_log_det: Tensor
+    for_grad_log_det_scale: Tensor
+    for_raw: Tensor
+    for_raw_scale: Tensor
+
+
+def helmert(size: int) -> list[list[mpf]]:
+    """The orthonormal basis of the plane of ``size`` numbers that sum to 0 on which ILR rests, as [size][size - 1]."""
+
+    def entry(k: int, n: int) -> mpf:
+        return mpf(k <= n) / mpmath.sqrt(n * (n + 1)) if k <= n else mpf(-n * (k == n + 1)) / mpmath.sqrt(n * (n + 1))
+
+    return [[entry(k, n) for n in range(1, size)] for k in range(1, size + 1)]
+
+
+def log_simplex(kind: str, raw: Tensor) -> list[mpf]:
+    """log x of a row, in as many steps as it has numbers."""
+    r, size = [mpf(v) for v in raw.double().tolist()], len(raw) + 1
+    if kind == "ilr":
+        w = [v / mpmath.sqrt(n * (n + 1)) for n, v in enumerate(r, 1)]
+        tails = [mpf(0)]
+        for v in reversed(w):
+            tails.append(tails[-1] + v)
+        z = [tail - k * (w[k - 1] if k else 0) for k, tail in enumerate(reversed(tails))]
+        log_sum = mpmath.log(mpmath.fsum(map(mpmath.exp, z)))
+        return [v - log_sum for v in z]
+    log_x, left = [], mpf(0)
+    for n, v in enumerate(r, 1):
+        odds = v - mpmath.log(size - n)
+        log_x.append(left - mpmath.log1p(mpmath.exp(-odds)))
+        left -= mpmath.log1p(mpmath.exp(odds))
+    return [*log_x, left]
+
+
+def bijection(kind: str, raw: Tensor, g: Tensor, h: float, along: Tensor) -> BijectionTruth:
+    with mpmath.workdps(DIGITS):
+        log_x, size = log_simplex(kind, raw), len(raw) + 1
+        x, ks, ns = [mpmath.exp(v) for v in log_x], range(size), range(size - 1)
+        g_mp, a = ([mpf(v) for v in t.double().tolist()] for t in (g, along))
+        constant = mpmath.log(size) / 2 if kind == "ilr" else mpf(0)
+        if kind == "ilr":
+            basis = helmert(size)
+            means = [mpmath.fsum(x[k] * basis[k][n] for k in ks) for n in ns]
+            jacobian = [[basis[k][n] - means[n] for n in ns] for k in ks]
+            magnitudes = [[abs(basis[k][n]) + sum(x[j] * abs(basis[j][n]) for j in ks) for n in ns] for k in ks]
+        else:
+            taken = [x[n] / mpmath.fsum(x[n:]) for n in ns]
+            jacobian = [[(1 - taken[n] if k == n else -taken[n] * (k > n)) for n in ns] for k in ks]
+            magnitudes = [[abs(v) for v in row] for row in jacobian]
+        u = [gk * xk + h for gk, xk in zip(g_mp, x, strict=True)]
+        u_abs = [abs(gk) * xk + abs(h) for gk, xk in zip(g_mp, x, strict=True)]
+        log_t = [mpmath.fdot(row, a) for row in jacobian]  # log x along a
+        log_t_abs = [mpmath.fdot(row, [abs(v) for v in a]) for row in magnitudes]
+
+        def second(m: int, k: int) -> mpf:
+            """The derivative of log_t[k] to raw[m]."""
+            if kind == "ilr":
+                return -mpmath.fsum(x[j] * jacobian[j][m] * mpmath.fdot(basis[j], a) for j in ks)
+            return -a[m] * taken[m] * (1 - taken[m]) * (k >= m)
+
+        of_second = [[second(m, 0)] * size if kind == "ilr" else [second(m, k) for k in ks] for m in ns]
+        columns = (
+            x,
+            log_x,
+            [constant + mpmath.fsum(log_x)],
+            [mpmath.fsum(u[k] * jacobian[k][n] for k in ks) for n in ns],
+            [mpmath.fsum(u_abs[k] * magnitudes[k][n] for k in ks) for n in ns],
+            [p * q for p, q in zip(x, log_t, strict=True)],
+            [p * q for p, q in zip(x, log_t_abs, strict=True)],
+            [mpmath.fsum(log_t)],
+            [mpmath.fsum(log_t_abs)],
+            [mpmath.fsum(g_mp[k] * x[k] * jacobian[k][m] * log_t[k] + u[k] * of_second[m][k] for k in ks) for m in ns],
+            [
+                mpmath.fsum(
+                    abs(g_mp[k]) * x[k] * magnitudes[k][m] * log_t_abs[k] + u_abs[k] * abs(of_second[m][k]) for k in ks
+                )
+                for m in ns
+            ],
+        )
+        return BijectionTruth(*(torch.tensor([float(v) for v in col], dtype=torch.float64) for col in columns))
+
+
 # --- What a dtype can hold --------------------------------------------------------------------------------------------
 
 

@@ -93,7 +93,7 @@ BOUNDS = {
 def check(
     transform: str, kernel: str, implementation: Callable[..., Any], device: str, *args: Any, scale: float = 1.0
 ) -> None:
-    """Results as the reference's in float64, up to the rounding of what is summed, of size `scale`, in raw's shape."""
+    """Results as the reference's in float64, up to the rounding of what is summed, of size `scale`, in its shape."""
     operator = _library.overload(transform, kernel)
     raw = args[_library.like_position(operator)]
     needed_at = _library._argument_positions(operator).get("needed")
@@ -105,7 +105,7 @@ def check(
     for i, (result, expected) in enumerate(zip(got, want, strict=True)):
         if not needed >> i & 1:
             continue
-        assert result.shape == raw.shape
+        assert result.shape == (expected.shape if TRANSFORMS[transform] is _library.BIJECTION else raw.shape)
         expected = expected.to(result.dtype).double()  # what the dtype can hold, overflow included
         finite = expected.isfinite()
         assert torch.equal(result.cpu().double()[~finite].nan_to_num(), expected[~finite].nan_to_num())
@@ -259,12 +259,93 @@ def test_projection_operators_agree(kernels: Any, shape: tuple[int, ...], layout
                 check("projection", "backward.weighted", backward, device, *args, scale=terms)
 
 
+KINDS = ["ilr", "stick_breaking"]
+
+
+def bijection_grads(raw: Tensor, dim: int, layout: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+    """Of x and log_det."""
+    x_shape, row_shape = list(raw.shape), list(raw.shape)
+    x_shape[dim] += 1
+    del row_shape[dim]
+    grad_x, grad_log_det = (torch.randn(shape).to(raw.dtype) for shape in (x_shape, row_shape))
+    return layout(grad_x), grad_log_det
+
+
+def check_bijection(of: Any, device: str, kind: str, raw: Tensor, along: Tensor, dim: int, layout: Any) -> None:
+    g, h = bijection_grads(raw, dim, layout)
+    size = raw.shape[dim] + 1
+    # Logarithms and their gradients are sums over rows, whose rounding grows with them.
+    sums = 1.0 + float(raw.abs().max()) * float(along.abs().max()) * size
+    check(kind, "forward", of(kind, "forward"), device, raw, dim)
+    check(kind, "forward_log_det", of(kind, "forward_log_det"), device, raw, dim, scale=float(size))
+    for grads in ((g, None), (None, h), (g, h)):
+        check(kind, "backward", of(kind, "backward"), device, *grads, raw, dim, scale=4.0 * size)
+        check(kind, "double_backward", of(kind, "double_backward"), device, along, *grads, raw, dim, 7, scale=sums)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_bijection_operators_agree(
+    kernels: Any, kind: str, shape: tuple[int, ...], layout: Any, dtype: torch.dtype
+) -> None:
+    of, device = kernels
+    raw, along = operands(shape, dtype, layout, 2)
+    for dim in range(3):
+        for grads_layout in (contiguous, layout):
+            check_bijection(of, device, kind, raw, along, dim, grads_layout)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("layout", [contiguous, transposed, sliced, expanded], ids=lambda layout: layout.__name__)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_bijection_results_lie_as_promised(kernels: Any, kind: str, layout: Any, dtype: torch.dtype) -> None:
+    of, device = kernels
+    if of(kind, "forward") is _library._references[kind]["forward"]:
+        pytest.skip("the formulas themselves promise no layout")
+    for shape in ((3, 4, 5), (3, 1, 5), (1, 1, 1), (2, 0, 3), (0, 2, 3)):
+        raw = layout(torch.randn(shape).to(dtype)).to(device)
+        for dim in range(3):
+            g, h = (t.to(device) for t in bijection_grads(raw, dim, contiguous))
+            for kernel, args in (
+                ("forward_log_det", (raw, dim)),
+                ("backward", (g, h, raw, dim)),
+                ("double_backward", (raw, g, h, raw, dim, 7)),
+            ):
+                results = of(kind, kernel)(*args)
+                wanted = _library.empty_bijection(raw, dim, _library.BIJECTION_RESULTS[kernel])
+                for result, want in zip(results if isinstance(results, tuple) else (results,), wanted, strict=True):
+                    assert (result.shape, result.dtype) == (want.shape, want.dtype)
+                    assert all(
+                        a == b or n <= 1 for n, a, b in zip(want.shape, result.stride(), want.stride(), strict=True)
+                    )
+
+
+@pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_bijection_rows_of_every_length(kind: str, dtype: torch.dtype) -> None:
+    """The CPU's ways to take rows, at their edges: tiles and single rows, with rows left over."""
+    lengths = [*range(1, 35), 62, 63, 64, 65, 95, 128, 1023, 2100]
+    shapes = [*((67, n, 1) for n in lengths if n < 130), *((3, n, 1) for n in lengths), (1, 100, 3), (1, 100, 45)]
+    for shape in (*shapes, (2, 70, 8), (2, 300, 31)):
+        raw, along = operands(shape, dtype, contiguous, 2)
+        check_bijection(_library.overload, "cpu", kind, raw, along, 1, contiguous)
+
+
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("shape", [(), (2, 0), (3, 0, 2), (1,), (1, 1)], ids=str)
 def test_small_shapes(kernels: Any, transform: str, shape: tuple[int, ...]) -> None:
     of, device = kernels
     raw = torch.full(shape, 0.5)
-    if transform == "simplex":
+    if transform in KINDS:
+        for dim in range(raw.dim()):
+            g, h = bijection_grads(raw, dim, contiguous)
+            check(transform, "forward_log_det", of(transform, "forward_log_det"), device, raw, dim)
+            check(transform, "backward", of(transform, "backward"), device, g, h, raw, dim)
+            check(transform, "double_backward", of(transform, "double_backward"), device, raw, g, h, raw, dim, 7)
+    elif transform == "simplex":
         check(transform, "forward", of(transform, "forward"), device, raw, 0)
         check(transform, "backward", of(transform, "backward"), device, raw, raw, 0)
     elif transform == "projection":
@@ -287,7 +368,8 @@ def test_threads_change_nothing() -> None:
             one = _library.overload("bounded", "backward")(grad_x, None, raw, 0.0, 1.0)
             rows = [_library.overload("simplex", "backward")(grad_x, raw, dim) for dim in range(3)]
             projected = [_library.overload("projection", "forward")(raw, dim, 1.0) for dim in range(3)]
-            results.append([one, *rows, *projected])
+            bijective = [_library.overload(kind, "backward")(None, grad_x[0], raw, 0) for kind in KINDS]
+            results.append([one, *rows, *projected, *bijective])
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -295,11 +377,12 @@ def test_threads_change_nothing() -> None:
 
 def test_every_kernel_is_pinned() -> None:
     """A new kernel has to be added above: the lists here are all that there is."""
-    assert set(TRANSFORMS) == {"bounded", "exponential", "simplex", "projection"}
+    assert set(TRANSFORMS) == {"bounded", "exponential", "simplex", "projection", *KINDS}
     assert set(_library.ELEMENTWISE) == {
         name + variant
         for name in ("forward", "forward_log_det", "backward", "double_backward")
         for variant in ("", ".tensor")
     }
     assert set(_library.ROWWISE) == {"forward", "backward", "double_backward"}
+    assert set(_library.BIJECTION) == {"forward", "forward_log_det", "backward", "double_backward"}
     assert set(_library.PROJECTION) == {"forward", "backward", "forward.weighted", "backward.weighted"}

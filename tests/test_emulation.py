@@ -62,6 +62,11 @@ def check(
     results = as_tuple(operator(*args))
     doubles = [a.double() if isinstance(a, Tensor) else a for a in args]
     expected = as_tuple(_library._references[transform][kernel](*doubles))
+    if _library.TRANSFORMS[transform] is _library.BIJECTION:
+        dim = args[_library._argument_positions(operator)["dim"]]
+        promised = _library.empty_bijection(raw, dim, _library.BIJECTION_RESULTS[kernel])
+    else:
+        promised = (torch.empty_like(raw),) * len(results)
     bound_results = 2 if kernel in ("backward.tensor", "double_backward.tensor") else 0
     for k, (result, value) in enumerate(zip(results, expected, strict=True)):
         dtype = compute_dtype(raw.dtype) if k >= len(results) - bound_results else raw.dtype
@@ -69,11 +74,11 @@ def check(
         if not needed >> k & 1:
             assert result.numel() == 0
             continue
-        assert result.shape == raw.shape and result.stride() == torch.empty_like(raw).stride()
+        assert result.shape == promised[k].shape and result.stride() == promised[k].stride()
         bound = {"rtol": TOLERANCE[raw.dtype], "atol": TOLERANCE[raw.dtype], **tolerance}
         torch.testing.assert_close(
             result.double(),
-            value.expand(raw.shape),
+            value.expand(result.shape),
             equal_nan=True,
             msg=lambda m: f"{transform}_{kernel}: {m}",
             **bound,
@@ -237,6 +242,19 @@ def check_projection(kernels: Any, x: Tensor, dim: int, like: Callable[[], Tenso
             check(kernels, "projection", "backward.weighted", like(), given, y, weight, dim, needed, **tolerance)
 
 
+def check_bijections(kernels: Any, raw: Tensor, dim: int, like: Callable[[], Tensor]) -> None:
+    """Tolerances are those of sums along a row, which the logarithms and their gradients are."""
+    size = raw.shape[dim] + 1
+    x_shape, row_shape = [n + (d == dim) for d, n in enumerate(raw.shape)], [*raw.shape[:dim], *raw.shape[dim + 1 :]]
+    g, h, along = sample(tuple(x_shape), raw.dtype), sample(tuple(row_shape), raw.dtype) / size, like()
+    for kind in ("ilr", "stick_breaking"):
+        check(kernels, kind, "forward", raw, dim)
+        check(kernels, kind, "forward_log_det", raw, dim, atol=4 * size * TOLERANCE[torch.float32])
+        for grads in ((g, h), (g, None), (None, h)):
+            check(kernels, kind, "backward", *grads, raw, dim)
+        check(kernels, kind, "double_backward", along, g, h, raw, dim, 7, atol=40 * TOLERANCE[raw.dtype])
+
+
 LENGTHS = [1, 2, 3, 4, 5, 8, 31, 32, 33, 127, 128, 129, 132, 255, 256, 257, 264, 511, 513, 1023, 1024, 1025]
 
 
@@ -249,6 +267,42 @@ def test_contiguous_rows(kernels: Any, length: int, offset: int, dtype: torch.dt
     unaligned = lambda: sample((rows * length + offset,), dtype)[offset:].view(shape)  # noqa: E731
     check_rows(kernels, unaligned(), 1, unaligned)
     check_projection(kernels, unaligned(), 1, unaligned)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 31, 64, 126, 127, 128, 129, 600, 1025])
+def test_contiguous_rows_of_bijections(kernels: Any, length: int, dtype: torch.dtype) -> None:
+    shape = (9 if length < 500 else 2, length)
+    check_bijections(kernels, sample(shape, dtype), 1, lambda: sample(shape, dtype))
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim", "dtype"),
+    [
+        ((2, 4095), 1, torch.float32),
+        ((2, 4096), 1, torch.float32),
+        ((2, 8300), 1, torch.bfloat16),
+        ((1, 5000), 1, torch.float64),
+        ((3, 5, 7), 1, torch.float32),
+        ((70, 3), 0, torch.float64),
+        ((2, 300, 1, 4), 1, torch.bfloat16),
+        ((4200, 2), 0, torch.float32),
+        ((2, 9, 4100), 1, torch.float32),  # a thread for each row
+        ((17, 8192), 0, torch.float16),
+    ],
+    ids=str,
+)
+def test_rows_of_bijections_in_parts_and_along_other_dimensions(
+    kernels: Any, shape: tuple[int, ...], dim: int, dtype: torch.dtype
+) -> None:
+    check_bijections(kernels, sample(shape, dtype), dim, lambda: sample(shape, dtype))
+
+
+@pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "0-dim"])
+def test_layouts_of_bijections(kernels: Any, layout: str) -> None:
+    raw = layouts(torch.float32)[layout]()
+    for dim in range(raw.dim()):
+        check_bijections(kernels, raw, dim, layouts(torch.float32)[layout])
 
 
 @pytest.mark.parametrize(

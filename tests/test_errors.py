@@ -31,6 +31,10 @@ CALLS: dict[str, Op] = {
     "positive_inverse exp": lambda x: co.positive_inverse(x, kind="exp"),
     "simplex": lambda raw: co.simplex(raw),
     "simplex_inverse": lambda x: co.simplex_inverse(x),
+    "simplex ilr": lambda raw: co.simplex(raw, kind="ilr"),
+    "simplex_inverse ilr": lambda x: co.simplex_inverse(x, kind="ilr"),
+    "simplex stick-breaking": lambda raw: co.simplex(raw, kind="stick_breaking"),
+    "simplex_inverse stick-breaking": lambda x: co.simplex_inverse(x, kind="stick_breaking"),
 }
 WRONG_DTYPES = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.complex128]
 
@@ -210,7 +214,7 @@ def test_a_bound_on_another_device_is_a_value_error_with_both_devices(argument: 
 
 @pytest.mark.parametrize("op", [co.positive, co.positive_inverse, co.simplex, co.simplex_inverse])
 def test_an_unknown_kind_is_a_value_error_with_the_known_ones(op: Op) -> None:
-    known = "'softmax'" if op.__name__.startswith("simplex") else "'softplus' or 'exp'"
+    known = "'softmax' or 'ilr' or 'stick_breaking'" if op.__name__.startswith("simplex") else "'softplus' or 'exp'"
     with pytest.raises(ValueError, match=f"^{op.__name__}: kind must be {known}, got 'cube'$"):
         op(torch.ones(3), kind="cube")
 
@@ -230,8 +234,26 @@ def test_a_row_of_no_elements_is_a_value_error_with_the_shape(op: Op, shape: tup
 
 
 def test_a_log_det_of_the_softmax_is_a_value_error_that_names_the_alternative() -> None:
-    with pytest.raises(ValueError, match=r'^simplex: .*no Jacobian determinant.*"ilr"'):
+    with pytest.raises(ValueError, match=r'^simplex: .*no Jacobian determinant.*"ilr" and "stick_breaking"'):
         co.simplex(torch.ones(3), return_log_det=True)
+
+
+@pytest.mark.parametrize("kind", ["ilr", "stick_breaking"])
+def test_a_bijection_of_a_0_dim_tensor_is_a_value_error_and_of_no_elements_it_is_1(kind: str) -> None:
+    for op, name in ((co.simplex, "raw"), (co.simplex_inverse, "x")):
+        with pytest.raises(ValueError, match=f'^{op.__name__}: {name} .*one dimension for kind "{kind}", got shape'):
+            op(torch.ones(()), kind=kind)
+    for shape, dim in (((0,), 0), ((3, 0), -1), ((0, 3), 0), ((2, 0, 4), 1)):
+        raw = torch.ones(shape, requires_grad=True)
+        x, log_det = co.simplex(raw, dim, kind=kind, return_log_det=True)
+        assert x.shape[dim] == 1
+        assert torch.equal(x, torch.ones_like(x))
+        assert torch.equal(log_det, torch.zeros(x.squeeze(dim).shape))
+        (x.sum() + log_det.sum()).backward()
+        assert raw.grad is not None and raw.grad.shape == shape
+        assert co.simplex_inverse(x, dim, kind=kind).shape == shape
+    with pytest.raises(ValueError, match=r"^simplex_inverse: .*along dim 0.*\(0,\)$"):
+        co.simplex_inverse(torch.ones(0), kind=kind)
 
 
 # --- Backends ---------------------------------------------------------------------------------------------------------
@@ -283,7 +305,8 @@ def test_the_backend_is_what_it_was_after_an_error() -> None:
 
 # --- What autograd says -----------------------------------------------------------------------------------------------
 
-DIFFERENTIABLE = ["bounded", "bounded with tensors", "positive", "positive exp", "simplex"]
+BIJECTIONS = ["simplex ilr", "simplex stick-breaking"]
+DIFFERENTIABLE = ["bounded", "bounded with tensors", "positive", "positive exp", "simplex", *BIJECTIONS]
 
 
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
@@ -339,10 +362,14 @@ def all_orders(call: str, raw: Tensor) -> tuple[Tensor, ...]:
 @pytest.mark.parametrize("call", DIFFERENTIABLE)
 def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> None:
     raw = LAYOUTS[layout]()
+    if raw.dim() == 0 and call in BIJECTIONS:
+        return  # a ValueError, see above
     copy = raw.contiguous() if raw.dim() else raw.clone().reshape(1)
-    for got, want in zip(all_orders(call, raw), all_orders(call, copy), strict=True):
-        assert got.shape == raw.shape
-        torch.testing.assert_close(got, want.reshape(raw.shape), rtol=1e-6, atol=1e-6)
+    results = all_orders(call, raw)
+    for result in results[call in BIJECTIONS :]:
+        assert result.shape == raw.shape
+    for got, want in zip(results, all_orders(call, copy), strict=True):
+        torch.testing.assert_close(got, want.reshape(got.shape), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", EMPTY, ids=str)
@@ -350,7 +377,8 @@ def test_layouts_give_what_a_contiguous_copy_gives(call: str, layout: str) -> No
 def test_empty_tensors_give_empty_results(call: str, shape: tuple[int, ...]) -> None:
     if call == "simplex" and shape[-1] == 0:
         shape = (0, 2)
-    assert all(result.shape == shape for result in all_orders(call, torch.empty(shape)))
+    _, *grads = all_orders(call, torch.empty(shape))
+    assert all(result.shape == shape for result in grads)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -383,7 +411,7 @@ def test_bounds_broadcast_and_get_gradients_of_their_own_shape(
         torch.testing.assert_close(got, want)
 
 
-@pytest.mark.parametrize("call", ["bounded", "positive", "positive exp", "simplex"])
+@pytest.mark.parametrize("call", ["bounded", "positive", "positive exp", "simplex", *BIJECTIONS])
 def test_a_raw_on_the_meta_device_gives_its_shape(call: str) -> None:
     x = CALLS[call](torch.empty(2, 3, device="meta"))
-    assert (x.shape, x.device.type, x.dtype) == ((2, 3), "meta", torch.float32)
+    assert (x.shape, x.device.type, x.dtype) == ((2, 3 + (call in BIJECTIONS)), "meta", torch.float32)

@@ -25,6 +25,8 @@ MODULES: dict[str, Any] = {
     "positive with a tensor": lambda: co.Positive(torch.tensor([0.0, 1.0, 2.0])),
     "simplex": lambda: co.Simplex(),
     "simplex along 0": lambda: co.Simplex(0),
+    "ilr": lambda: co.Simplex(kind="ilr"),
+    "stick-breaking along 0": lambda: co.Simplex(0, "stick_breaking"),
 }
 
 
@@ -46,19 +48,19 @@ def test_it_is_the_function(module: Any) -> None:
     elif isinstance(module, co.Positive):
         want = co.positive(raw, module.lower, kind=module.kind)
     else:
-        want = co.simplex(raw, module.dim)
+        want = co.simplex(raw, module.dim, kind=module.kind)
     assert torch.equal(module(raw), want)
 
 
 def test_register_parametrization_keeps_the_weight_inside_and_the_value(module: Any) -> None:
-    layer = nn.Linear(3, 4)
     value = module(torch.randn(4, 3)).detach()
+    layer = nn.Linear(value.shape[1], value.shape[0])
     with torch.no_grad():
         layer.weight.copy_(value)
     parametrize.register_parametrization(layer, "weight", module)
     torch.testing.assert_close(layer.weight, value)
-    layer(torch.randn(2, 3)).sum().backward()
-    assert layer.parametrizations.weight.original.grad is not None
+    layer(torch.randn(2, value.shape[1])).sum().backward()
+    assert layer.parametrizations.weight.original.grad.shape == (4, 3)
     other = module(torch.randn(4, 3)).detach()
     layer.weight = other
     torch.testing.assert_close(layer.weight, other)
@@ -127,6 +129,8 @@ def test_values_on_the_bound_are_accepted(dtype: torch.dtype) -> None:
         (co.Positive(), [0.0, 1.0]),
         (co.Positive(1.0, "exp"), [1.0, 2.0]),
         (co.Simplex(), [0.0, 1.0]),
+        (co.Simplex(kind="ilr"), [0.0, 1.0]),
+        (co.Simplex(kind="stick_breaking"), [0.0, 1.0]),
     ):
         x = torch.tensor(value, dtype=torch.float64).to(dtype)
         raw = module.right_inverse(x)
@@ -160,7 +164,11 @@ def test_values_on_the_bound_are_accepted(dtype: torch.dtype) -> None:
         ),
         (lambda: co.Positive(-math.inf), ValueError, "Positive: lower must be finite, got lower=-inf"),
         (lambda: co.Positive(kind="square"), ValueError, "Positive: kind must be 'softplus' or 'exp', got 'square'"),
-        (lambda: co.Simplex(kind="square"), ValueError, "Simplex: kind must be 'softmax', got 'square'"),
+        (
+            lambda: co.Simplex(kind="square"),
+            ValueError,
+            "Simplex: kind must be 'softmax' or 'ilr' or 'stick_breaking', got 'square'",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_rejected(make: Any, error: type[Exception], message: str) -> None:

@@ -32,6 +32,10 @@ FUNCTIONS: dict[str, Callable[[Tensor], Any]] = {
     "positive_exp": lambda raw: co.positive(raw, kind="exp", return_log_det=True),
     "simplex": lambda raw: co.simplex(raw),
     "simplex_0": lambda raw: co.simplex(raw, 0),
+    "ilr": lambda raw: co.simplex(raw, kind="ilr"),
+    "ilr_log_det": lambda raw: co.simplex(raw, 0, kind="ilr", return_log_det=True),
+    "stick_breaking": lambda raw: co.simplex(raw, kind="stick_breaking"),
+    "stick_breaking_log_det": lambda raw: co.simplex(raw, 0, kind="stick_breaking", return_log_det=True),
     "projection": lambda x: co.project_simplex(x, total=2.0),
 }
 INVERSES: dict[str, Callable[[Tensor], Any]] = {
@@ -41,6 +45,8 @@ INVERSES: dict[str, Callable[[Tensor], Any]] = {
     "positive_inverse": lambda x: co.positive_inverse(x, -1.0),
     "positive_exp_inverse": lambda x: co.positive_inverse(x, -1.0, kind="exp"),
     "simplex_inverse": lambda x: co.simplex_inverse(x),
+    "ilr_inverse": lambda x: co.simplex_inverse(x, 0, kind="ilr"),
+    "stick_breaking_inverse": lambda x: co.simplex_inverse(x, kind="stick_breaking"),
 }
 everywhere = pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
 
@@ -289,7 +295,9 @@ def operator_arguments(transform: str, kernel: str) -> tuple[Any, ...]:
             return torch.full((), side, device=DEVICE).expand(3, 4) if kernel.endswith(".tensor") else side
         if name in ("weight", "y"):
             return torch.rand(3, 4, device=DEVICE) + 0.5
-        return {"dim": 1, "needed": -1, "total": 1.0}.get(name, torch.randn(3, 4, device=DEVICE))
+        bijective = _library.TRANSFORMS[transform] is _library.BIJECTION
+        shape = {"grad_x": (3, 5), "grad_log_det": (3,)}.get(name, (3, 4)) if bijective else (3, 4)
+        return {"dim": 1, "needed": -1, "total": 1.0}.get(name, torch.randn(shape, device=DEVICE))
 
     return tuple(value(argument.name) for argument in _library.overload(transform, kernel)._schema.arguments)
 
@@ -309,7 +317,7 @@ def test_opcheck(transform: str, kernel: str) -> None:
 # --- Everyday use --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["bounded", "positive", "positive_exp", "simplex"])
+@pytest.mark.parametrize("name", ["bounded", "positive", "positive_exp", "simplex", "ilr", "stick_breaking_log_det"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_backward_keeps_nothing_but_the_leaf_and_the_result(name: str, dtype: torch.dtype) -> None:
     function, raw = FUNCTIONS[name], leaf(4, 8, dtype=dtype)

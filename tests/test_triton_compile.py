@@ -39,6 +39,7 @@ def test_compiles_without_spilling_or_approximations(target: str) -> None:
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
     names = {"elementwise_kernel", *(f"softmax_{kernel}_kernel" for kernel in TRANSFORMS["simplex"])}
     names |= {"projection_forward_kernel", "projection_backward_kernel", "step_kernel"}
+    names |= {f"{kind}_{kernel}_kernel" for kind in ("ilr", "stick_breaking") for kernel in ("forward", "backward")}
     assert {kernel["name"] for kernel in kernels} == names
     assert not [kernel for kernel in kernels if kernel["approximations"]]
     # Reductions may drop NaN, because the sums beside them do not.
@@ -55,7 +56,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     from constrained_ops.triton import KERNELS, launch
     from constrained_ops.triton import simplex as rowwise
 
-    bounded, exponential, simplex, projection = (KERNELS[transform] for transform in TRANSFORMS)
+    bounded, exponential, simplex, projection, *bijections = (KERNELS[transform] for transform in TRANSFORMS)
     raw, bound = torch.empty(64, 64, dtype=dtype), torch.empty(64, 64, dtype=compute_dtype(dtype))
     row = bound[:1].expand(64, 64)
     bounded["forward"](raw, 0.0, 1.0)
@@ -64,6 +65,9 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     simplex["double_backward"](raw, raw, raw, 1, 3)
     projection["forward.weighted"](raw, raw, 1, 1.0)
     projection["backward.weighted"](raw, raw, raw, raw, 1, 3)
+    for bijection in bijections:
+        bijection["forward_log_det"](raw, 1)
+        bijection["double_backward"](raw, torch.empty(64, 65, dtype=dtype), raw[0], raw, 1, 7)
     every_step(dtype, everything)
     if not everything:
         return
@@ -93,6 +97,12 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         simplex["forward"](raw, 1)
         simplex["backward"](raw, raw, 1)
         simplex["double_backward"](raw, raw, raw, 1, 2)
+        x = torch.empty(shape[0], shape[1] + 1, *shape[2:], dtype=dtype)
+        for bijection in bijections:
+            bijection["forward"](raw, 1)
+            bijection["backward"](x, None, raw, 1)
+            bijection["backward"](None, raw[:, 0], raw, 1)
+            bijection["double_backward"](raw, x, raw[:, 0], raw, 1, 7)
         projection["forward"](raw, 1, 1.0)
         projection["forward.weighted"](raw, raw, 1, 1.0)
         projection["backward"](raw, raw, 1)

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _checks, _library
-from .._constraints import Record, interpret
+from .._constraints import Record, SimplexOf, interpret
 from .._library import compute_dtype
 from ._plans import Hyper, Prepared, Slot, plan_class
 from ._sharding import is_sharded, like, local, local_grad, shard
@@ -215,6 +215,10 @@ class ConstrainedAdam(Optimizer):
         op = type(self).__name__
         record = interpret(op, given)
         if record is not None:
+            if self._reparametrized and isinstance(record, SimplexOf) and record.kind != "softmax":
+                raise NotImplementedError(
+                    f'{self._where(i, j)}: only the simplex of kind "softmax" is supported, got kind "{record.kind}"'
+                )
             record = record.on(op, p, self._label(i, j))
             record = record if self._reparametrized else record.closed(p.dtype)
             record = shard(self._where(i, j), p, record)

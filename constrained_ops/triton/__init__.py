@@ -4,7 +4,7 @@ The same kernels as ``csrc/cuda``, from the formulas of ``csrc/math`` in their o
 both to the reference.
 """
 
-from . import bounded, positive, projection, simplex
+from . import bijection, bounded, positive, projection, simplex
 
 # transform -> kernel -> implementation, with the names and signatures of _library.TRANSFORMS
 KERNELS = {
@@ -12,4 +12,6 @@ KERNELS = {
     "exponential": positive.KERNELS,
     "simplex": simplex.KERNELS,
     "projection": projection.KERNELS,
+    "ilr": bijection.ILR,
+    "stick_breaking": bijection.STICK_BREAKING,
 }

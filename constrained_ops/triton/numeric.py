@@ -52,6 +52,15 @@ def divide(a, b):
 
 
 @triton.jit
+def square_root(x):
+    """Rounded correctly."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    else:
+        return tl.math.sqrt_rn(x)
+
+
+@triton.jit
 def clamp(x, smallest, largest):
     """NaN stays NaN: tl.minimum and tl.maximum would drop it."""
     x = tl.where(x < smallest, smallest, x)

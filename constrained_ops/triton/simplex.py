@@ -236,15 +236,20 @@ def launch_rows(
     dense: Tensor,
     dim: int,
     heavy: bool = False,
+    tile: int = 8192,
     **options: Any,
 ) -> None:
-    """Run a kernel on tensors of the layout of `dense`, empty ones excepted; a heavy one with twice the registers."""
+    """Run a kernel on tensors of the layout of `dense`, empty ones excepted; a heavy one with twice the registers.
+
+    `tile`: at most so many elements at a time.
+    """
     size = dense.size(dim) if dense.dim() else 1
     inner = dense.stride(dim) if size > 1 else 1
     outer = dense.numel() // (size * inner)
     double = dense.dtype == torch.float64
     # Elements in a tile: at least what keeps four warps busy, at most what they hold in registers.
     least, most = (512, 2048) if double else (2048, 8192 if inner == 1 else 4096)
+    most = min(most, tile)
     inners = min(triton.next_power_of_2(inner), 32)
     block = min(triton.next_power_of_2(size), most // inners)
     inners = max(inners, min(triton.next_power_of_2(inner), least // block))

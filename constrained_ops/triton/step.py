@@ -14,7 +14,7 @@ from ..optim._tables import KINDS, TablePlan, Tables
 from .bounded import by_element, interval, lower_only, upper_only
 from .elementwise import Bounds, bounds_of_element
 from .launch import device_of
-from .numeric import INFINITY, clamp, divide, exp, log, next_above, next_below, to_compute, to_storage
+from .numeric import INFINITY, clamp, divide, exp, log, next_above, next_below, square_root, to_compute, to_storage
 from .positive import exponential
 from .projection import READINGS, ascent_from, minus_product, rest_of
 from .projection import step as ascend
@@ -40,14 +40,6 @@ BLOCK = 1024
 @triton.jit
 def number(record, WORD: tl.constexpr):
     return tl.load(record + WORD).to(tl.float64, bitcast=True)
-
-
-@triton.jit
-def square_root(x):
-    if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    else:
-        return tl.math.sqrt_rn(x)
 
 
 # --- Adam -------------------------------------------------------------------------------------------------------------

@@ -8,7 +8,13 @@ namespace constrained_ops {
 namespace {
 
 #define CO_LOOPS(name, level) \
-  {name, level::bounded_loop, level::exponential_loop, level::softmax_loop, level::projection_loop, level::step_loop}
+  {name,                      \
+   level::bounded_loop,       \
+   level::exponential_loop,   \
+   level::softmax_loop,       \
+   level::projection_loop,    \
+   level::bijection_loop,     \
+   level::step_loop}
 
 constexpr Loops baseline_loops = CO_LOOPS("baseline", baseline);
 

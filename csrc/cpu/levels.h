@@ -11,6 +11,7 @@ struct Loops {
   ElementwiseLoop (*exponential)(Kernel, Dtype, BoundsKind);
   RowLoop (*softmax)(Kernel, Dtype);
   ProjectionLoop (*projection)(Projection, Dtype);
+  BijectionLoop (*bijection)(Bijection, Kernel, Dtype);
   StepLoop (*step)(Dtype, Dtype);
 };
 

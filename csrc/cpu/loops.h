@@ -83,6 +83,22 @@ struct ProjectionCall {
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 
+inline RowUnits bijection_units(const RowLayout& layout) {
+  // Rows that lie apart go side by side, however long, if they fill some lanes.
+  const bool side_by_side = layout.inner > 1 && layout.outer * layout.inner >= 8;
+  return {layout, side_by_side ? layout.length : 64};
+}
+
+enum class Bijection { ilr, stick_breaking };
+
+// Of double_backward x, log_det and grad_raw are the results for grad_x, grad_log_det and raw.
+struct BijectionCall {
+  RowLayout layout;  // of x; raw is one shorter, log_det is [outer, inner]
+  const void *raw = nullptr, *along_raw = nullptr, *grad_x = nullptr, *grad_log_det = nullptr;  // null: zeros
+  void *x = nullptr, *log_det = nullptr, *grad_raw = nullptr;                                   // null: not wanted
+};
+using BijectionLoop = void (*)(const BijectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
+
 struct StepSlot;     // csrc/step.h
 struct StepNumbers;  // csrc/cpu/step.h
 // A step over elements [begin, end) of a parameter, or blocks of it if its constraint goes along rows. The gradient
@@ -95,6 +111,7 @@ using StepLoop = void (*)(const StepSlot& slot, const void* grad, const StepNumb
   ElementwiseLoop exponential_loop(Kernel kernel, Dtype dtype, BoundsKind bounds); \
   RowLoop softmax_loop(Kernel kernel, Dtype dtype);                                \
   ProjectionLoop projection_loop(Projection kernel, Dtype dtype);                  \
+  BijectionLoop bijection_loop(Bijection kind, Kernel kernel, Dtype dtype);        \
   StepLoop step_loop(Dtype dtype, Dtype state);
 
 namespace baseline {
