@@ -55,7 +55,7 @@ class _Fused(constraints.Interval):
     def _bounds(self) -> tuple[Bound, Bound]:
         """Bounds of one element as floats, which small tensors are twice as fast with; read when they have changed."""
         lower, upper = self.lower_bound, self.upper_bound
-        if lower.dim() or upper.dim() or lower.is_meta or lower.is_inference() or _traced():
+        if _traced() or lower.dim() or upper.dim() or lower.is_meta or lower.is_inference():
             return lower, upper
         key = lower, upper, lower._version, upper._version
         if not self._as_floats or any(map(is_not, key, self._as_floats[0])):
