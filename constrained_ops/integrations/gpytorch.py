@@ -7,7 +7,6 @@ digits. Each class is a subclass of GPyTorch's of its name, to which it leaves a
 
 from __future__ import annotations
 
-from operator import is_not
 from typing import Any
 
 import torch
@@ -36,36 +35,29 @@ class _Fused(constraints.Interval):
     """Goes before one of GPyTorch's classes: its default transform, from bounds that may be infinite."""
 
     _fused: bool
-    _as_floats: tuple[Any, ...] = ()
+    _read: tuple[Any, ...] | None = None  # both bounds as they were when read, their versions, and as floats
 
     def transform(self, tensor: Tensor) -> Tensor:
         """The value of the raw ``tensor``."""
-        if not self._fused:
-            return super().transform(tensor)
-        bounds = self._bounds()
-        return bounded(_checks.spread(tensor, *bounds), *bounds)
+        return bounded(*self._with_bounds(tensor)) if self._fused else super().transform(tensor)
 
     def inverse_transform(self, transformed_tensor: Tensor) -> Tensor:
         """The raw of a value; of one outside NaN, which ``initialize`` rejects."""
         if not self._fused:
             return super().inverse_transform(transformed_tensor)
-        bounds = self._bounds()
-        return bounded_inverse(_checks.spread(transformed_tensor, *bounds), *bounds)
+        return bounded_inverse(*self._with_bounds(transformed_tensor))
 
-    def _bounds(self) -> tuple[Bound, Bound]:
-        """Bounds of one element as floats, which small tensors are twice as fast with; read when they have changed."""
+    def _with_bounds(self, tensor: Tensor) -> tuple[Tensor, Bound, Bound]:
+        """Bounds of one element as floats, which are twice as fast for small tensors; read again when written to."""
         lower, upper = self.lower_bound, self.upper_bound
-        if _traced() or lower.dim() or upper.dim() or lower.is_meta or lower.is_inference():
-            return lower, upper
-        key = lower, upper, lower._version, upper._version
-        if not self._as_floats or any(map(is_not, key, self._as_floats[0])):
-            self._as_floats = key, (lower.item(), upper.item())
-        return self._as_floats[1]
-
-
-def _traced() -> bool:
-    """Whether a tensor may be one without a value of its own."""
-    return is_compiling() or torch._C._are_functorch_transforms_active()
+        if not is_compiling() and not torch._C._are_functorch_transforms_active():
+            read = self._read
+            if read and read[0] is lower and read[1] is upper and read[2:4] == (lower._version, upper._version):
+                return tensor, read[4], read[5]
+            if not (lower.dim() or upper.dim() or lower.is_meta or lower.is_inference() or upper.is_inference()):
+                self._read = lower, upper, lower._version, upper._version, lower.item(), upper.item()
+                return tensor, *self._read[4:]
+        return _checks.spread(tensor, lower, upper), lower, upper
 
 
 class Interval(_Fused, constraints.Interval):
