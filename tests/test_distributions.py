@@ -219,6 +219,17 @@ def test_bounds_larger_than_x_make_y_larger(registry: Any) -> None:
             torch.testing.assert_close(fused.log_abs_det_jacobian(x, y), wanted)
 
 
+def test_bounds_of_one_element_may_be_on_the_cpu_wherever_x_is() -> None:
+    """As PyTorch's arithmetic takes them."""
+    x = torch.empty(3, device="meta")
+    for t in (
+        distributions.IntervalTransform(torch.tensor(0.0), torch.tensor(1.0)),
+        distributions.GreaterThanTransform(torch.tensor(0.0)),
+        distributions.LessThanTransform(torch.tensor(0.0)),
+    ):
+        assert t(x).is_meta and t.inv(x).is_meta and t.log_abs_det_jacobian(x, t(x)).is_meta
+
+
 def test_infinite_bounds_are_half_lines_and_the_line() -> None:
     """PyTorch gives NaN; GreaterThanTransform's map is another, exp."""
     t = distributions.IntervalTransform(torch.tensor([0.0, -torch.inf]), torch.inf)
