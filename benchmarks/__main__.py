@@ -10,9 +10,26 @@ from pathlib import Path
 
 import torch
 
-from . import bench_bounded, bench_parametrize, bench_positive, bench_projection, bench_simplex, bench_steps, harness
+from . import (
+    bench_bounded,
+    bench_distributions,
+    bench_parametrize,
+    bench_positive,
+    bench_projection,
+    bench_simplex,
+    bench_steps,
+    harness,
+)
 
-BENCHES = (bench_bounded, bench_parametrize, bench_positive, bench_projection, bench_simplex, bench_steps)
+BENCHES = (
+    bench_bounded,
+    bench_distributions,
+    bench_parametrize,
+    bench_positive,
+    bench_projection,
+    bench_simplex,
+    bench_steps,
+)
 JOBS = {job.name: job for bench in BENCHES for job in bench.JOBS}
 
 

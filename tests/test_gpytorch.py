@@ -9,6 +9,7 @@ import math
 import pickle
 import subprocess
 import sys
+import unittest
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 import constrained_ops as co
 
 gpytorch = pytest.importorskip("gpytorch")
+kernel_tests = pytest.importorskip("gpytorch.test.base_kernel_test_case")
+likelihood_tests = pytest.importorskip("gpytorch.test.base_likelihood_test_case")
 ours: Any = co.integrations.gpytorch
 theirs: Any = gpytorch.constraints
 
@@ -25,6 +28,7 @@ BOUNDS = torch.tensor([[-1.0, 0.0, 0.5]]), torch.tensor([[1.0, 0.25, 3.0]])
 CONSTRAINTS: dict[str, Any] = {
     "Interval": lambda package, **options: package.Interval(0.5, 2.0, **options),
     "Interval of tensors": lambda package, **options: package.Interval(*BOUNDS, **options),
+    "Interval of lists": lambda package, **options: package.Interval([0.0, 1.0, 2.0], [1.0, 3.0, 5.0], **options),
     "GreaterThan": lambda package, **options: package.GreaterThan(1e-4, **options),
     "GreaterThan of tensors": lambda package, **options: package.GreaterThan(BOUNDS[0], **options),
     "Positive": lambda package, **options: package.Positive(**options),
@@ -212,6 +216,32 @@ def test_likelihoods_and_means() -> None:
     mean = gpytorch.means.ConstantMean(constant_constraint=ours.LessThan(2.0))
     mean.constant = torch.tensor(1.5)
     assert mean.constant.item() == pytest.approx(1.5)
+
+
+# GPyTorch's own tests of kernels and likelihoods, of those that it installs.
+
+
+class TestRBFKernel(kernel_tests.BaseKernelTestCase, unittest.TestCase):  # type: ignore[misc]
+    def create_kernel_no_ard(self, **options: Any) -> Any:
+        return gpytorch.kernels.RBFKernel(lengthscale_constraint=ours.Positive(), **options)
+
+    def create_kernel_ard(self, num_dims: int, **options: Any) -> Any:
+        constraint = ours.Interval(0.01, 5.0)
+        return gpytorch.kernels.RBFKernel(ard_num_dims=num_dims, lengthscale_constraint=constraint, **options)
+
+
+class TestPeriodicKernel(kernel_tests.BaseKernelTestCase, unittest.TestCase):  # type: ignore[misc]
+    def create_kernel_no_ard(self, **options: Any) -> Any:
+        constraints = {
+            "period_length_constraint": ours.Interval(0.1, 5.0),
+            "lengthscale_constraint": ours.GreaterThan(1e-3),
+        }
+        return gpytorch.kernels.PeriodicKernel(**constraints, **options)
+
+
+class TestGaussianLikelihood(likelihood_tests.BaseLikelihoodTestCase, unittest.TestCase):  # type: ignore[misc]
+    def create_likelihood(self) -> Any:
+        return gpytorch.likelihoods.GaussianLikelihood(noise_constraint=ours.GreaterThan(1e-4))
 
 
 # --- Mauna Loa -----------------------------------------------------------------------------------------------------
