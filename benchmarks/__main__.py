@@ -14,6 +14,7 @@ import torch
 from . import (
     bench_bijection,
     bench_bounded,
+    bench_distributions,
     bench_flat,
     bench_parametrize,
     bench_positive,
@@ -26,6 +27,7 @@ from . import (
 BENCHES = (
     bench_bijection,
     bench_bounded,
+    bench_distributions,
     bench_flat,
     bench_parametrize,
     bench_positive,

@@ -1,6 +1,6 @@
 """Fused operators for constrained parameters: bounded, positive, simplex, and the projection onto it."""
 
-from . import _library, optim
+from . import _library, distributions, integrations, optim
 from ._info import build_info
 from ._library import backend
 from .bounded import bounded, bounded_inverse
@@ -19,6 +19,8 @@ __all__ = [
     "bounded",
     "bounded_inverse",
     "build_info",
+    "distributions",
+    "integrations",
     "optim",
     "positive",
     "positive_inverse",

@@ -131,6 +131,14 @@ def _expanded(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -
     return operand.expand(raw.shape)
 
 
+def spread(raw: Tensor, *bounds: Bound) -> Tensor:
+    """``raw`` in the shape that it has with the bounds, for callers whose bounds may be larger."""
+    if not any(isinstance(bound, Tensor) for bound in bounds):
+        return raw
+    shape = torch.broadcast_shapes(raw.shape, *(bound.shape for bound in bounds if isinstance(bound, Tensor)))
+    return raw if raw.shape == shape else raw.expand(shape)
+
+
 def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
     if len(shape) > len(wanted):
         return False

@@ -49,6 +49,12 @@ def test_peers_that_differ_are_not_timed(benchmarks):
         harness.steps_of(job, (8,), "cpu", with_compile=False)
 
 
+def test_transforms_agree_with_pytorchs(benchmarks):
+    harness = import_module("benchmarks.harness")
+    for job in import_module("benchmarks.bench_distributions").JOBS:
+        assert list(harness.steps_of(job, (3, 4), "cpu", with_compile=False)) == [*job.peers, "copy_"]
+
+
 def test_steps_of_all_peers_agree_and_a_wrong_one_is_found(benchmarks):
     bench_steps, harness = import_module("benchmarks.bench_steps"), import_module("benchmarks.harness")
     for job in [*bench_steps.JOBS, *import_module("benchmarks.bench_parametrize").JOBS]:
