@@ -111,6 +111,8 @@ def _tensor_bound(op: str, raw: Tensor, bound: Bound, argument: str, name: str) 
             raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
         if bound != bound:
             raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
+        if torch.finfo(compute).max < abs(bound) < math.inf:
+            raise ValueError(f"{op}: {argument} overflows {compute}, got {argument}={bound}")
         return torch.full((), bound, dtype=compute, device=raw.device).expand(raw.shape)
     if bound.is_complex() or bound.dtype == torch.bool:
         raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")

@@ -144,6 +144,12 @@ def test_a_finite_bound_beyond_the_compute_dtype_is_a_value_error(lower: float, 
         co.bounded(torch.zeros(2), lower, upper)
 
 
+def test_a_finite_bound_beyond_the_compute_dtype_is_a_value_error_beside_a_tensor_too() -> None:
+    for op in (co.bounded, co.bounded_inverse):
+        with pytest.raises(ValueError, match=re.escape("upper overflows torch.float32, got upper=1e+300")):
+            op(torch.zeros(2), torch.tensor(-1.0), 1e300)
+
+
 @pytest.mark.parametrize("bad", ["0", None, [0.0], 1j], ids=repr)
 @pytest.mark.parametrize("argument", ["lower", "upper"])
 @pytest.mark.parametrize("other", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
