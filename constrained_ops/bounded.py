@@ -251,7 +251,8 @@ def bounded_inverse(x: Tensor, lower: Bound, upper: Bound) -> Tensor:
 def inverse(op: str, x: Tensor, lower: Bound, upper: Bound) -> Tensor:
     """:func:`bounded_inverse` in the name of ``op``."""
     lower, upper = _checks.inverse_bounds(op, x, lower, upper)
-    return raw_at(_checks.into(x, lower, upper), lower, upper).to(x.dtype)
+    largest = torch.finfo(x.dtype).max  # far from its only bound raw is as large as the distance
+    return raw_at(_checks.into(x, lower, upper), lower, upper).clamp(-largest, largest).to(x.dtype)
 
 
 def raw_at(y: Tensor, lower: Tensor, upper: Tensor) -> Tensor:

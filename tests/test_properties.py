@@ -298,6 +298,17 @@ def test_inverse_of_an_infinite_value_is_finite(kind: str, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("lower", "upper"), [(-INF, 1.0), (-1.0, INF), (-INF, INF)])
+def test_inverse_of_a_value_on_an_infinite_bound_is_finite(lower: float, upper: float, dtype: torch.dtype) -> None:
+    x = torch.tensor([v for v in (lower, upper) if math.isinf(v)], dtype=dtype)
+    bounds = [b if math.isinf(b) else b * torch.finfo(dtype).max / 2 for b in (lower, upper)]
+    for low, high in ((lower, upper), bounds):
+        raw = co.bounded_inverse(x, low, high)
+        assert raw.isfinite().all()
+        assert co.bounded(raw, low, high).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("lower", "upper"), [(0.0, 1.0), (-3.0, 2.0), (100.0, 104.0), (2.0, INF), (-INF, -2.0)])
 def test_inverse_of_a_value_outside_is_nan(lower: float, upper: float, dtype: torch.dtype) -> None:
     eps = torch.finfo(dtype).eps
