@@ -53,11 +53,11 @@ def _sources() -> list[Path]:
 
 
 @functools.cache
-def cache_folder() -> Path:
+def cache_folder(common: tuple[str, ...] = (*FLAGS, *_TORCH_FLAGS), sources: tuple[Path, ...] = ()) -> Path:
     """Where builds of exactly these sources, by this compiler for this torch and processor, are kept."""
     processor = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")][:1]
-    state = hashlib.sha256(repr((CXX, FLAGS, _TORCH_FLAGS, torch.__version__, processor)).encode())
-    for path in _sources():
+    state = hashlib.sha256(repr((CXX, common, torch.__version__, processor)).encode())
+    for path in sources or _sources():
         state.update(path.read_bytes())
     root = Path(
         os.environ.get("CONSTRAINED_OPS_TEST_CACHE") or Path(tempfile.gettempdir()) / "constrained_ops_emulation"
@@ -67,24 +67,32 @@ def cache_folder() -> Path:
     return folder
 
 
-def build(name: str, sources: Sequence[Path], flags: Sequence[str], link: Sequence[str]) -> Path:
+def build(
+    name: str,
+    sources: Sequence[Path],
+    flags: Sequence[str],
+    link: Sequence[str],
+    common: Sequence[str] = FLAGS,
+    folder: Path | None = None,
+) -> Path:
     """Compile and link, unless the cache has it; two files at a time, and one process at a time."""
-    target = cache_folder() / name
-    lock_file = cache_folder() / f"{name}.lock"
-    with lock_file.open("w") as lock, tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
+    folder = folder or cache_folder()
+    target = folder / name
+    lock_file = folder / f"{name}.lock"
+    with lock_file.open("w") as lock, tempfile.TemporaryDirectory(dir=folder) as scratch:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if target.exists():
             return target
 
         def compile_one(source: Path) -> str:
             output = f"{scratch}/{source.stem}.o"
-            run([CXX, *FLAGS, *flags, "-x", "c++", "-c", str(source), "-o", output])
+            run([CXX, *common, *flags, "-x", "c++", "-c", str(source), "-o", output])
             return output
 
         with concurrent.futures.ThreadPoolExecutor(2) as pool:
             objects = list(pool.map(compile_one, sources))
         linked = Path(scratch) / name
-        run([CXX, *FLAGS, *flags, *objects, *link, "-o", str(linked)])
+        run([CXX, *common, *flags, *objects, *link, "-o", str(linked)])
         linked.replace(target)
     return target
 
