@@ -1,0 +1,554 @@
+"""Hypothesis over shapes, layouts, dtypes, bounds and magnitudes up to the edges of each dtype, NaN and infinities.
+
+The compiled CPU library against the reference, and what holds whatever the numbers. What needs no comparison and no odd
+layouts is in test_properties.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from oracle import smallest_subnormal
+from torch import Tensor
+from torch.autograd import grad
+from torch.nn import Parameter
+
+import constrained_ops as co
+from constrained_ops import _library
+from constrained_ops._checks import inside
+from constrained_ops._library import compute_dtype
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
+
+INF, NAN = math.inf, math.nan
+DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
+pytestmark = pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
+fuzz = settings(derandomize=True, database=None, deadline=None, max_examples=200)
+
+seeds = st.integers(0, 2**31)
+dtypes = st.sampled_from(DTYPES)
+# From 0 dimensions and none of a size up to several hundred elements.
+shapes = st.one_of(
+    st.lists(st.integers(0, 6), max_size=4).map(tuple),
+    st.tuples(st.integers(1, 9), st.integers(1, 70)),
+    st.tuples(st.integers(1, 300)),
+    st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 40)),
+)
+
+
+# --- Numbers and layouts ----------------------------------------------------------------------------------------------
+
+
+def ordinary(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64) * 3
+
+
+def any_magnitude(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    """Exponents far beyond those of 16 bits; what a dtype cannot hold becomes 0 or infinite in it."""
+    exponent = torch.rand(shape, generator=g, dtype=torch.float64) * 90 - 50
+    return torch.randn(shape, generator=g, dtype=torch.float64) * 10**exponent
+
+
+def special(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
+    several = [
+        NAN,
+        INF,
+        -INF,
+        0.0,
+        -0.0,
+        1.0,
+        -1.0,
+        65504.0,
+        -3.38e38,
+        1.79e308,
+        6e-8,
+        -1e-45,
+        17.0,
+        -88.0,
+        104.0,
+        -709.0,
+    ]
+    which = torch.randint(0, 2 * len(several), shape, generator=g)
+    values = torch.tensor([*several, *[0.5] * len(several)], dtype=torch.float64)[which]
+    return torch.where(which < len(several), values, ordinary(shape, g))
+
+
+NUMBERS = [ordinary, any_magnitude, special]
+
+
+def contiguous(t: Tensor) -> Tensor:
+    return t.clone()
+
+
+def permuted(t: Tensor) -> Tensor:
+    backwards = tuple(reversed(range(t.dim())))
+    return t.permute(backwards).clone(memory_format=torch.contiguous_format).permute(backwards)
+
+
+def sliced(t: Tensor) -> Tensor:
+    if t.dim() == 0:
+        return t.clone()
+    spacious = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), NAN, dtype=t.dtype)
+    spacious[..., 1::2] = t
+    return spacious[..., 1::2]
+
+
+def expanded(t: Tensor) -> Tensor:
+    """Along its first dimension; other numbers than those of ``t``."""
+    return t[:1].clone().expand(t.shape) if t.dim() and t.shape[0] else t.clone()
+
+
+def unaligned(t: Tensor) -> Tensor:
+    spacious = torch.full((t.numel() + 1,), NAN, dtype=t.dtype)
+    spacious[1:] = t.reshape(-1)
+    return spacious[1:].view(t.shape)
+
+
+LAYOUTS = [contiguous, permuted, sliced, expanded, unaligned]
+layouts = st.sampled_from(LAYOUTS)
+numbers = st.sampled_from(NUMBERS)
+
+
+def agree(got: Tensor, want: Tensor, tolerance: Tensor | float, what: str) -> None:
+    """Equal where either is not finite, elsewhere within the tolerance and what 16 bits round."""
+    assert got.shape == want.shape and got.dtype == want.dtype, what
+    held = torch.finfo(want.dtype)
+    got, want = got.detach().double(), want.detach().double()
+    # Rounding may decide whether a number next to the largest one is infinite.
+    edge = torch.minimum(got.abs(), want.abs()) >= held.max * (1 - 4 * held.eps)
+    same = (got == want) | (got.isnan() & want.isnan()) | (edge & (got.sign() == want.sign()))
+    rounding = held.eps if held.bits == 16 else 0.0
+    allowed = tolerance + rounding * want.abs() + 2 * held.smallest_normal * held.eps
+    wrong = ~(same | ((got - want).abs() <= allowed))
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()}, got {got[wrong][0]!r}, want {want[wrong][0]!r}"
+    )
+
+
+def on_both(call: Callable[[], Any]) -> tuple[Any, Any]:
+    """What it gives on the compiled library and on the reference; errors, which must be the documented ones, alike."""
+    results: list[Any] = []
+    for backend in ("cpu", "reference"):
+        with co.backend(backend):
+            try:
+                results.append(call())
+            except (ValueError, TypeError) as error:
+                results.append((type(error), str(error)))
+    return results[0], results[1]
+
+
+def failed(result: Any) -> bool:
+    return isinstance(result, tuple) and isinstance(result[0], type)
+
+
+def stays(t: Tensor) -> Callable[[], bool]:
+    """Whether ``t``, and what lies around it in memory, is still what it was."""
+    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
+    before = whole.clone()
+    return lambda: torch.equal(whole.nan_to_num(7.5), before.nan_to_num(7.5))
+
+
+# --- Elementwise ------------------------------------------------------------------------------------------------------
+
+floats = st.one_of(
+    st.sampled_from([0.0, 1.0, -1e-3, 100.0, INF, -INF, 1e-45, 1e38, -3e38, 1e300]), st.floats(-5, 5), st.floats()
+)
+
+
+@st.composite
+def tensor_bound(draw: st.DrawFn, shape: tuple[int, ...], side: int) -> Tensor:
+    """Broadcastable to ``shape``, on one side of 0 so that bounds are in order; tiny, huge and infinite elements."""
+    kept = shape[draw(st.integers(0, len(shape))) :]
+    kept = tuple(size if draw(st.booleans()) else 1 for size in kept)
+    g = torch.Generator().manual_seed(draw(seeds))
+    exponent = draw(st.sampled_from([0, 0, 0, -6, 3, 30, -30]))
+    bound = (torch.rand(kept, generator=g, dtype=torch.float64) + 0.5) * 10.0**exponent
+    if draw(st.booleans()):
+        bound = torch.where(torch.rand(kept, generator=g) < 0.3, INF, bound)
+    dtype = draw(st.sampled_from([torch.float32, torch.float64]))
+    return draw(layouts)((side * bound).to(dtype))
+
+
+@st.composite
+def elementwise(draw: st.DrawFn) -> tuple[str, Tensor, Any, Any, bool]:
+    """(transform, raw, lower, upper, log_det)."""
+    transform = draw(st.sampled_from(["bounded", "bounded", "softplus", "exp"]))
+    shape = draw(shapes)
+    g = torch.Generator().manual_seed(draw(seeds))
+    raw = draw(layouts)(draw(numbers)(shape, g).to(draw(dtypes)))
+    lower, upper = (draw(tensor_bound(shape, side) if draw(st.booleans()) else floats) for side in (-1, 1))
+    if transform == "exp" and isinstance(lower, Tensor):
+        lower = lower.clamp(min=-1e30)  # there is nothing above an infinitely low one
+    return transform, raw, lower, upper if transform == "bounded" else INF, draw(st.booleans())
+
+
+def both_bounds(raw: Tensor, lower: Any, upper: Any) -> tuple[Tensor, ...]:
+    """In raw's shape and compute dtype."""
+    whole = (b.detach() if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float64) for b in (lower, upper))
+    return tuple(b.to(compute_dtype(raw.dtype)).expand(raw.shape) for b in whole)
+
+
+def apply(transform: str, raw: Tensor, lower: Any, upper: Any, log_det: bool) -> Any:
+    if transform == "bounded":
+        return co.bounded(raw, lower, upper, return_log_det=log_det)
+    return co.positive(raw, lower, kind=transform, return_log_det=log_det)
+
+
+@fuzz
+@given(elementwise(), seeds, layouts)
+def test_elementwise(case: tuple[str, Tensor, Any, Any, bool], seed: int, grad_layout: Any) -> None:
+    transform, raw, lower, upper, log_det = case
+    tensors = [t for t in (raw, lower, upper) if isinstance(t, Tensor)]
+    untouched = [stays(t) for t in tensors]
+    grad_x = grad_layout(torch.randn(raw.shape, generator=torch.Generator().manual_seed(seed)).to(raw.dtype))
+
+    def call() -> Any:
+        leaves = {id(t): t.detach().requires_grad_() for t in tensors}
+        arguments = [leaves.get(id(a), a) for a in (raw, lower, upper)]
+        results = apply(transform, *arguments, log_det)
+        results = results if log_det else (results,)
+        return *results, *grad(results, list(leaves.values()), [grad_x] * len(results))
+
+    got, want = on_both(call)
+    if failed(got) or failed(want):
+        assert got == want
+        scalars = [b for b in (lower, upper) if not isinstance(b, Tensor)]
+        assert got[0] is ValueError and scalars, got
+        return
+    assert all(check() for check in untouched)
+
+    compute = compute_dtype(raw.dtype)
+    low, high = both_bounds(raw, lower, upper)
+    width = torch.where(low.isfinite() & high.isfinite(), high - low, 1.0)
+    r, low_d, high_d, width = (t.detach().double() for t in (raw, low, high, width))
+    x = got[0]
+    for result in got[: 1 + log_det]:
+        assert result.shape == raw.shape and result.dtype == raw.dtype
+        assert result.stride() == torch.empty_like(raw).stride()
+    assert torch.equal(x.isnan(), raw.isnan() | low.isnan() | high.isnan())
+    smallest, largest = inside(low, high, raw.dtype)
+    room = (smallest <= largest) & width.isfinite() & ~raw.isnan()
+    assert ((low_d < x.double()) & (x.double() < high_d))[room].all()
+    # A line's value is raw itself, infinities included.
+    line = (low == -INF) & (high == INF)
+    assert x[room & ~line].isfinite().all()
+
+    eps = torch.finfo(compute).eps
+    ends = torch.where(low.isfinite(), low_d.abs(), 0.0).maximum(torch.where(high.isfinite(), high_d.abs(), 0.0))
+    usable = room & raw.isfinite()
+    names = ["x", "log_det"][: 1 + log_det] + ["grad"] * len(tensors)
+    for name, a, b in zip(names, got, want, strict=True):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if name == "grad" and (a.shape != raw.shape or a.dtype != raw.dtype or a is not got[1 + log_det]):
+            continue  # to bounds, sums in either order: test_backends
+        slope = {"x": 0.0, "log_det": 1.0}.get(name, 1.0)
+        if name == "x":
+            tolerance = 8 * eps * (ends + b.double().abs())
+        elif name == "log_det":
+            tolerance = 8 * eps * (1 + r.abs() + width.log().abs())
+        else:
+            scale = b.double().abs() + grad_x.double().abs() * slope
+            tolerance = 32 * eps * (scale if log_det else b.double().abs())
+            tolerance = tolerance + 4 * torch.finfo(compute).smallest_normal * grad_x.double().abs() * (1 + width)
+        agree(a[usable], b[usable], torch.as_tensor(tolerance).expand(raw.shape)[usable], f"{transform} {name}")
+
+
+# --- Inverses ---------------------------------------------------------------------------------------------------------
+
+
+@fuzz
+@given(elementwise())
+def test_inverses_are_finite_inside_and_nan_outside(case: tuple[str, Tensor, Any, Any, bool]) -> None:
+    transform, x, lower, upper, _ = case
+    untouched = stays(x)
+
+    def call() -> Tensor:
+        if transform == "bounded":
+            return co.bounded_inverse(x, lower, upper)
+        return co.positive_inverse(x, lower, kind=transform)
+
+    got, want = on_both(call)
+    if failed(got):
+        assert got == want and got[0] is ValueError
+        return
+    assert untouched()
+    assert torch.equal(got.nan_to_num(7.5), want.nan_to_num(7.5))
+    assert got.shape == x.shape and got.dtype == x.dtype
+    low, high = both_bounds(x, lower, upper)
+    finite = [torch.where(b.isfinite(), b, 0.0).abs() for b in (low, high)]
+    slack = torch.finfo(x.dtype).eps * finite[0].maximum(finite[1])
+    outside = (x < low - slack) | (x > high + slack)
+    smallest, largest = inside(low, high, x.dtype)
+    room = (smallest <= largest) & (high - low).isnan().logical_not()
+    room &= (high - low).isfinite() | low.isinf() | high.isinf()
+    assert torch.equal(got.isnan()[room], (x.isnan() | outside)[room])
+    assert got[room & ~outside & ~x.isnan()].isfinite().all()
+
+
+@fuzz
+@given(shapes.filter(lambda s: 0 not in s), seeds, dtypes, layouts, numbers, st.integers(0, 3))
+def test_inverse_of_the_simplex(shape: Any, seed: int, dtype: torch.dtype, layout: Any, number: Any, dim: int) -> None:
+    x = layout(number(shape, torch.Generator().manual_seed(seed)).to(dtype))
+    raw = co.simplex_inverse(x, dim % max(1, x.dim()))
+    slack = torch.finfo(dtype).eps
+    outside = (x < -slack) | (x > 1 + slack) | x.isnan()
+    assert raw.shape == x.shape and raw.dtype == dtype
+    assert torch.equal(raw.isnan(), outside)
+    assert raw[~outside].isfinite().all()
+
+
+# --- Rows -------------------------------------------------------------------------------------------------------------
+
+row_shapes = shapes.filter(lambda s: all(s))
+
+
+@fuzz
+@given(row_shapes, st.integers(0, 3), seeds, dtypes, layouts, layouts, numbers)
+def test_simplex(
+    shape: Any, dim: int, seed: int, dtype: torch.dtype, layout: Any, grad_layout: Any, number: Any
+) -> None:
+    g = torch.Generator().manual_seed(seed)
+    raw, grad_x = layout(number(shape, g).to(dtype)), grad_layout(ordinary(shape, g).to(dtype))
+    dim = dim % len(shape) if shape else 0
+    untouched = stays(raw), stays(grad_x)
+
+    def call() -> Any:
+        leaf = raw.detach().requires_grad_()
+        x = co.simplex(leaf, dim)
+        (grad_raw,) = grad(x, leaf, grad_x, create_graph=True)
+        (second,) = grad(grad_raw, leaf, grad_x)
+        return x, grad_raw, second
+
+    got, want = on_both(call)
+    assert not failed(got) and not failed(want) and all(check() for check in untouched)
+    assert all(t.shape == raw.shape and t.dtype == dtype and t.stride() == torch.empty_like(raw).stride() for t in got)
+    x = got[0].detach().double()
+    # As in softmax: a NaN or +inf, or nothing but -inf, makes NaN of the row, and of that row alone.
+    largest = raw.amax(dim, keepdim=True)
+    broken = (largest.isnan() | largest.isinf()).expand(raw.shape)
+    assert torch.equal(x.isnan(), broken)
+    assert ((x > 0) | (raw == -INF))[~broken].all() and (x <= 1)[~broken].all()
+    error = (x.sum(dim) if shape else x) - 1
+    rounded = smallest_subnormal(dtype) * x.numel()
+    assert (error.abs() <= 8 * torch.finfo(dtype).eps + rounded)[~(broken.any(dim) if shape else broken)].all()
+    eps = torch.finfo(compute_dtype(dtype)).eps
+    far = grad_x.double().abs().amax()
+    underflow = torch.finfo(compute_dtype(dtype)).smallest_normal
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        tolerance = 64 * eps * x * far**k + 4 * underflow * (1 + far**k)
+        agree(a[~broken], b[~broken], tolerance[~broken], f"simplex, order {k}")
+
+
+@st.composite
+def projections(draw: st.DrawFn) -> tuple[Tensor, int, float, Tensor | None]:
+    shape = draw(row_shapes)
+    g = torch.Generator().manual_seed(draw(seeds))
+    dtype = draw(dtypes)
+    x = draw(layouts)(draw(numbers)(shape, g).to(dtype))
+    total = draw(st.sampled_from([1.0, 1.0, 0.5, 7.0, 1e-4, 1e4]))
+    weight = None
+    if draw(st.booleans()):
+        spread = draw(st.sampled_from([0.0, 0.5, 1.5]))
+        kept = tuple(size if draw(st.integers(0, 3)) else 1 for size in shape)
+        weight = 10 ** (spread * torch.randn(kept, generator=g, dtype=torch.float64))
+        weight = draw(layouts)(weight.to(draw(st.sampled_from([torch.float32, torch.float64]))))
+    return x, draw(st.integers(0, 3)) % len(shape) if shape else 0, total, weight
+
+
+@fuzz
+@given(projections(), seeds, layouts)
+def test_project_simplex(case: tuple[Tensor, int, float, Tensor | None], seed: int, grad_layout: Any) -> None:
+    x, dim, total, weight = case
+    grad_y = grad_layout(ordinary(tuple(x.shape), torch.Generator().manual_seed(seed)).to(x.dtype))
+    untouched = [stays(t) for t in (x, grad_y, weight) if t is not None]
+
+    def call() -> Any:
+        leaf = x.detach().requires_grad_()
+        y = co.project_simplex(leaf, dim, total=total, weight=weight)
+        return y, *grad(y, leaf, grad_y)
+
+    got, want = on_both(call)
+    assert not failed(got) and not failed(want) and all(check() for check in untouched)
+    assert all(t.shape == x.shape and t.dtype == x.dtype and t.stride() == torch.empty_like(x).stride() for t in got)
+    y, y_want = (t[0].detach().double() for t in (got, want))
+    rows = (lambda t: t.sum(dim, keepdim=True).expand(x.shape)) if x.dim() else (lambda t: t)
+    largest = (x.amax(dim, keepdim=True) if x.dim() else x).expand(x.shape)
+    broken = largest.isnan() | largest.isinf()
+    # Where differences within a row, times ratios of weights, overflow, neither says anything.
+    compute = compute_dtype(x.dtype)
+    spread = torch.where(x.isinf(), 0.0, x.double()).abs().amax() * (1e6 if weight is not None else 1)
+    if spread > 1e-3 * torch.finfo(compute).max:
+        return
+    assert torch.equal(y.isnan(), broken)
+    whole = ~broken
+    assert (y >= 0)[whole].all() and (y[whole & (x == -INF)] == 0).all()
+    eps, stored = torch.finfo(compute).eps, torch.finfo(x.dtype).eps
+    # With weights x counts by its magnitude, which its product with a weight is rounded to.
+    reach = torch.where(x.isinf(), 0.0, x.double().abs())
+    reach = torch.where(y + y_want > 0, reach, 0.0) if weight is not None else torch.zeros_like(reach)
+    reach = (reach.amax(dim, keepdim=True) if x.dim() else reach).expand(x.shape)
+    tolerance = 64 * eps * (total + reach)
+    rounded = 1e-6 * total + (stored * total if stored > eps else 0.0) + x.numel() * smallest_subnormal(x.dtype)
+    assert ((rows(y) - total).abs() <= rounded)[whole].all()
+    agree(got[0][whole], want[0][whole], tolerance[whole], "projection")
+    supports = rows(((y > 0) != (y_want > 0)).double()) == 0
+    g = (grad_y.double().abs().amax(dim, keepdim=True) if x.dim() else grad_y.double().abs()).expand(x.shape)
+    agree(got[1][whole & supports], want[1][whole & supports], (32 * eps * g)[whole & supports], "projection, backward")
+
+
+# --- Optimizers -------------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def parameters(draw: st.DrawFn) -> tuple[Tensor, Any]:
+    """A start, and a constraint that it fulfils."""
+    shape, dtype, layout = (
+        draw(row_shapes),
+        draw(dtypes),
+        draw(st.sampled_from([contiguous, permuted, sliced, unaligned])),
+    )
+    g = torch.Generator().manual_seed(draw(seeds))
+    start = torch.rand(shape, generator=g, dtype=torch.float64)
+    kind = draw(st.sampled_from(["none", "interval", "lower", "upper", "tensors", "exp", "simplex", "tiny", "huge"]))
+    huge = 1e4 if dtype == torch.float16 else 1e30
+    if kind == "simplex":
+        dim = draw(st.integers(0, 3)) % len(shape) if shape else 0
+        start = torch.softmax(start * 3, dim) if shape else torch.ones(())
+        return layout(start.to(dtype)), co.Simplex(dim)
+    if kind == "tensors":
+        ends = [torch.where(torch.rand(shape, generator=g) < 0.3, INF, 2.0 + i) for i in range(2)]
+        return layout(start.to(dtype)), co.Bounded(-ends[0], ends[1])
+    given = {
+        "none": None,
+        "interval": co.Bounded(-0.5, 1.5),
+        "lower": co.Positive(-1.0),
+        "upper": co.Bounded(-INF, 1.25),
+        "exp": co.Positive(-1.0, kind="exp"),
+        "tiny": co.Bounded(-1e-3, 1e-3),
+        "huge": co.Bounded(-huge, huge),
+    }
+    start = start * {"tiny": 1e-3, "huge": huge / 2}.get(kind, 1.0)
+    return layout(start.to(dtype)), given[kind]
+
+
+options = st.fixed_dictionaries(
+    {
+        "lr": st.sampled_from([0.0, 1e-3, 0.1, 10.0]),
+        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.5, 0.9)]),
+        "eps": st.sampled_from([1e-8, 1e-2]),
+        "weight_decay": st.sampled_from([0.0, 0.1]),
+        "decoupled_weight_decay": st.booleans(),
+        "amsgrad": st.booleans(),
+        "maximize": st.booleans(),
+    }
+)
+gradients = st.tuples(layouts, st.sampled_from([ordinary, ordinary, any_magnitude, special]), seeds) | st.none()
+
+
+def pair_of(kind: type[Any], chosen: list[tuple[Tensor, Any]], groups: list[dict[str, Any]]) -> list[Any]:
+    """Two optimizers over equal parameters."""
+    return [
+        kind(
+            [
+                {"params": [Parameter(start.clone())], "constraint": given, **o}
+                for (start, given), o in zip(chosen, groups, strict=True)
+            ]
+        )
+        for _ in range(2)
+    ]
+
+
+def leaves(optimizer: Any) -> list[Any]:
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def everything(optimizer: Any) -> list[Tensor]:
+    state = [t for p in leaves(optimizer) for t in optimizer.state.get(p, {}).values()]
+    return [t.detach().clone() for t in (*leaves(optimizer), *state)]
+
+
+def in_its_set(p: Tensor, given: Any, strictly: bool, total: float = 1.0) -> Tensor:
+    """Where p is in its constraint; NaN is not."""
+    x = p.detach()
+    if given is None:
+        return ~x.isnan()
+    record = given.record()
+    if isinstance(given, co.Simplex):
+        rows = x.double().sum(record.dim, keepdim=True) if x.dim() else x.double()
+        return (x > 0 if strictly else x >= 0) & ((rows - total).abs() <= 1e-5 + 8 * torch.finfo(x.dtype).eps)
+    low, high = both_bounds(x, record.lower, record.upper)
+    if strictly:
+        return (x > low) & (x < high)
+    return (x >= low.to(x.dtype)) & (x <= high.to(x.dtype))
+
+
+@settings(fuzz, max_examples=150)
+@given(
+    st.sampled_from([ProjectedAdam, ReparametrizedAdam]),
+    st.lists(st.tuples(parameters(), options, st.tuples(gradients, gradients)), min_size=1, max_size=4),
+    st.sampled_from([None, "sparse", "state", "outside"]),
+    st.integers(0, 3),
+)
+def test_optimizers(kind: type[Any], drawn: list[Any], fault: str | None, at: int) -> None:
+    chosen, groups = [each[0] for each in drawn], [each[1] for each in drawn]
+    pair = pair_of(kind, chosen, groups)
+    at %= len(drawn)
+    clean = [True] * len(drawn)  # whether all gradients so far were ordinary numbers
+    for t in range(2):
+        grads = []
+        for i, (start, _) in enumerate(chosen):
+            how = drawn[i][2][t]
+            if how is None:
+                grads.append(None)
+                continue
+            layout, number, seed = how
+            clean[i] &= number is ordinary
+            grads.append(layout(number(tuple(start.shape), torch.Generator().manual_seed(seed)).to(start.dtype)))
+        untouched = [stays(g) for g in grads if g is not None]
+        before = [p.detach().clone() for p in leaves(pair[0])]
+        for backend, optimizer in zip(("cpu", "reference"), pair, strict=True):
+            for p, g in zip(leaves(optimizer), grads, strict=True):
+                p.grad = g
+            with co.backend(backend):
+                optimizer.step()
+        assert all(check() for check in untouched)
+        for i, (p, q) in enumerate(zip(*map(leaves, pair), strict=True)):
+            given = chosen[i][1]
+            if grads[i] is None:
+                assert torch.equal(p.nan_to_num(7.5), before[i].nan_to_num(7.5))
+            if clean[i] and (grads[i] is not None or t == 0):
+                held = in_its_set(p, given, kind is ReparametrizedAdam and grads[i] is not None)
+                assert held.all(), (p, given)
+                scale = 1.0
+                if isinstance(given, co.Bounded) and all(isinstance(b, float) for b in (given.lower, given.upper)):
+                    scale = max((abs(b) for b in (given.lower, given.upper) if math.isfinite(b)), default=1.0)
+                sixteen = torch.finfo(p.dtype).bits == 16
+                loose = 64 * torch.finfo(p.dtype).eps * (1 if sixteen else 64)
+                tolerance = loose * (q.detach().double().abs() + scale + groups[i]["lr"])
+                agree(p.detach(), q.detach(), tolerance, f"{kind.__name__}, {given}")
+
+    optimizer = pair[0]
+    p, given = leaves(optimizer)[at], chosen[at][1]
+    for q in leaves(optimizer):
+        q.grad = torch.ones_like(q)
+    error: type[Exception] = ValueError
+    if fault == "sparse" and p.dim():
+        p.grad, error = torch.ones(p.shape, dtype=p.dtype).to_sparse(), RuntimeError
+    elif fault == "state" and optimizer.state.get(p):
+        optimizer.state[p]["exp_avg"] = torch.zeros(7, 1, 1, 1, 1, 1)
+    elif fault == "outside" and kind is ReparametrizedAdam and given is not None:
+        with torch.no_grad():
+            p.fill_(NAN)
+    else:
+        return
+    saved = everything(optimizer)
+    with co.backend("cpu"), pytest.raises(error):
+        optimizer.step()
+    assert all(
+        torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) for a, b in zip(saved, everything(optimizer), strict=True)
+    )
