@@ -173,6 +173,21 @@ def test_huge_numbers(length: int, exponent: int, dtype: torch.dtype) -> None:
     assert ((y.double().sum(-1) - 1).abs() <= 1e-6).all() or huge * torch.finfo(dtype).eps ** 2 > 1e-7
 
 
+@pytest.mark.parametrize("dtype", [F32, F64], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 6, 8, 9, 33, 70, 300])
+def test_huge_numbers_with_weights_leave_a_point_of_the_simplex(length: int, dtype: torch.dtype) -> None:
+    """As far as a sum of two numbers says where lambda is. Rows give the same whatever lies beside them."""
+    top = (14 if dtype == F32 else 28) - (4 if _library._backend == "reference" else 0)  # which takes fewer steps
+    exponents = torch.linspace(4, top, 11, dtype=torch.float64)
+    x = (torch.randn(11, length, dtype=torch.float64) * 10 ** exponents[:, None]).to(dtype).to(DEVICE)
+    for weight in (torch.ones_like(x), weights_like(x)):
+        y = co.project_simplex(x, weight=weight)
+        assert (y >= 0).all()
+        assert ((y.double().sum(-1) - 1).abs() <= 1e-6).all()
+    alone = torch.cat([co.project_simplex(row[None], weight=d[None]) for row, d in zip(x, weight, strict=True)])
+    assert torch.equal(y, alone)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("length", [4, 70, 20_000])
 @pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])

@@ -125,6 +125,22 @@ template <int n, typename T>
   }
 }
 
+// y of rows whose numbers are so much larger than total that one correction does not reach it, or left no support:
+// those go on from what is left of them, step by step. The others keep their y.
+template <int n, Weight W, typename T, typename Mask>
+[[gnu::noinline]] void climb_from(const T* rest, const T* weight, T total, Mask rows, Vector<T> (&y)[n]) {
+  T numbers[n * group<T>], weights[n * group<T>];
+  for (int k = 0; k < n; ++k) {
+    for (int v = 0; v < group<T>; v += width<T>) {
+      store(numbers + k * group<T> + v, load(rest + k * RowUnits::lanes));
+      store(weights + k * group<T> + v, load(weight + k * RowUnits::lanes));
+    }
+  }
+  ProjectionScratch scratch(n);
+  project<W, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
+  for (int k = 0; k < n; ++k) y[k] = rows ? load(numbers + k * group<T>) : y[k];
+}
+
 // An element of a row with weights, ordered by c = z / u.
 template <typename V>
 struct WeightedElement {
@@ -178,10 +194,14 @@ template <int n, Weight W, typename T>
       return rest_k;
     };
     const V low = root_correction<n, V>(total, rest, [=](int k) CO_INLINE { return u[k]; });
+    V y[n], sum_y = {};
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k)
-      store(column + k * lanes,
-            k < length ? projection_value(load(column + k * lanes) - low * u[k]) : V{} + padding<T>);
+    for (int k = 0; k < n; ++k) sum_y += y[k] = projection_value(load(column + k * lanes) - low * u[k]);
+    const V error = sum_y - total, most = V{} + 8 * std::numeric_limits<T>::epsilon() * total;
+    const auto off = ~((error <= most) & (-error <= most)) & (high == high);
+    if (any(off)) climb_from<n, W>(column, weight + lane, total, off, y);
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) store(column + k * lanes, k < length ? y[k] : V{} + padding<T>);
   }
 }
 
