@@ -125,20 +125,21 @@ template <int n, typename T>
   }
 }
 
-// y of rows whose numbers are so much larger than total that one correction does not reach it, or left no support:
-// those go on from what is left of them, step by step. The others keep their y.
+// Rows whose numbers are so much larger than total that one correction does not reach lambda, or left no support, go on
+// from what is left of them, step by step: y takes its place. The others stay.
 template <int n, Weight W, typename T, typename Mask>
-[[gnu::noinline]] void climb_from(const T* rest, const T* weight, T total, Mask rows, Vector<T> (&y)[n]) {
+[[gnu::noinline]] void climb_from(T* rest, const T* weight, T total, Mask rows) {
+  constexpr int64_t lanes = RowUnits::lanes;
   T numbers[n * group<T>], weights[n * group<T>];
   for (int k = 0; k < n; ++k) {
     for (int v = 0; v < group<T>; v += width<T>) {
-      store(numbers + k * group<T> + v, load(rest + k * RowUnits::lanes));
-      store(weights + k * group<T> + v, load(weight + k * RowUnits::lanes));
+      store(numbers + k * group<T> + v, load(rest + k * lanes));
+      store(weights + k * group<T> + v, load(weight + k * lanes));
     }
   }
   ProjectionScratch scratch(n);
   project<W, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
-  for (int k = 0; k < n; ++k) y[k] = rows ? load(numbers + k * group<T>) : y[k];
+  for (int k = 0; k < n; ++k) store(rest + k * lanes, rows ? load(numbers + k * group<T>) : load(rest + k * lanes));
 }
 
 // An element of a row with weights, ordered by c = z / u.
@@ -193,15 +194,16 @@ template <int n, Weight W, typename T>
       store(column + k * lanes, rest_k);
       return rest_k;
     };
-    const V low = root_correction<n, V>(total, rest, [=](int k) CO_INLINE { return u[k]; });
-    V y[n], sum_y = {};
+    V low = root_correction<n, V>(total, rest, [=](int k) CO_INLINE { return u[k]; });
+    const V moved = (low < V{} ? -low : low) * slope;
+    if (const auto off = ~(moved <= 8 * total) & (high == high); any(off)) {
+      climb_from<n, W>(column, weight + lane, total, off);
+      low = off ? V{} : low;
+    }
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) sum_y += y[k] = projection_value(load(column + k * lanes) - low * u[k]);
-    const V error = sum_y - total, most = V{} + 8 * std::numeric_limits<T>::epsilon() * total;
-    const auto off = ~((error <= most) & (-error <= most)) & (high == high);
-    if (any(off)) climb_from<n, W>(column, weight + lane, total, off, y);
-#pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) store(column + k * lanes, k < length ? y[k] : V{} + padding<T>);
+    for (int k = 0; k < n; ++k)
+      store(column + k * lanes,
+            k < length ? projection_value(load(column + k * lanes) - low * u[k]) : V{} + padding<T>);
   }
 }
 
