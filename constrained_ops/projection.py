@@ -208,8 +208,8 @@ def project_simplex(x: Tensor, dim: int = -1, *, total: float = 1.0, weight: Ten
     Without a weight, near in the Euclidean sense, which for ``total=1`` is sparsemax: a softmax with exact zeros. With
     one, in the metric sum_i weight_i (x_i - y_i)^2: what has to follow a step that was preconditioned by 1 / weight.
 
-    Exact up to rounding, sums included; no sort. A point of the simplex comes back as it is, up to rounding. ``-inf``
-    is a mask and gives 0. As in softmax, a row with NaN or ``+inf``, or of nothing but ``-inf``, gives NaN.
+    Exact up to rounding, sums included. A point of the simplex comes back as it is, up to rounding. ``-inf`` is a mask
+    and gives 0. As in softmax, a row with NaN or ``+inf``, or of nothing but ``-inf``, gives NaN.
 
     Differentiable twice and more in x and weight, where the support does not change; keeps the result for backward, and
     x only where the weight needs a gradient.
@@ -223,7 +223,8 @@ def project_simplex(x: Tensor, dim: int = -1, *, total: float = 1.0, weight: Ten
             a check would wait for the device. Rounding it moves y by as much as rounding x does.
 
     Returns:
-        y: shape, dtype and layout of x. Sums are right to 1e-6 in float32, to the rounding of each element in 16 bits.
+        y: shape, dtype and layout of x. Sums are right to 1e-6 in float32, to the rounding of each element in 16 bits;
+            with a weight as long as x is less than 1e7 times as large as total.
 
     Raises:
         TypeError: x is not a floating-point tensor, or weight not a real one.
