@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -21,6 +22,8 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
     left out, because it costs a small tensor a tenth of its whole forward and backward; where nothing is recorded, all
     of the Function is, which is two fifths of reading a small parametrized attribute.
     """
+    forward: Any = function.forward
+    forward.__signature__ = inspect.signature(forward)  # torch 2.15 asks for it at every call, which takes 35 us anew
     eager: Any = type(function.__name__, (function,), {"jvp": staticmethod(jvp), "generate_vmap_rule": True})
     bare: Callable[..., Any] = super(Function, eager).apply
 
