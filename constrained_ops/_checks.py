@@ -198,3 +198,8 @@ def into(x: Tensor, lower: Tensor, upper: Tensor) -> Tensor:
     outside = (y < lower - slack) | (y > upper + slack)
     smallest, largest = inside(lower, upper, x.dtype)
     return torch.where(outside, math.nan, y.clamp(smallest, largest))
+
+
+def show(bound: Bound) -> str:
+    """A bound as messages and reprs have it."""
+    return f"tensor of shape {tuple(bound.shape)}" if isinstance(bound, Tensor) else str(bound)

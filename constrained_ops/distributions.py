@@ -37,7 +37,6 @@ from torch.distributions.constraint_registry import ConstraintRegistry
 from . import _checks
 from ._checks import Bound
 from .bounded import bounded, bounded_inverse
-from .parametrizations import _show
 from .positive import positive, positive_inverse
 from .simplex import simplex, simplex_inverse
 
@@ -110,7 +109,9 @@ class _Elementwise(_Bijection):
         return all(map(_equal, self._bounds(), other._bounds()))
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(f'{name}={_show(getattr(self, name))}' for name in self._names)})"
+        return (
+            f"{type(self).__name__}({', '.join(f'{name}={_checks.show(getattr(self, name))}' for name in self._names)})"
+        )
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(shape, *(b.shape for b in self._bounds() if isinstance(b, Tensor)))

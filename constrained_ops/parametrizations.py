@@ -91,7 +91,7 @@ class Bounded(_Between):
         return bounded_inverse(x, self.lower, self.upper)
 
     def extra_repr(self) -> str:
-        return f"lower={_show(self.lower)}, upper={_show(self.upper)}"
+        return f"lower={_checks.show(self.lower)}, upper={_checks.show(self.upper)}"
 
 
 class Positive(_Between):
@@ -111,7 +111,7 @@ class Positive(_Between):
         _checks.kind("Positive", kind, POSITIVE_KINDS)
         _checks.ordered("Positive", lower, math.inf)
         if _has_infinity(lower):
-            raise ValueError(f"Positive: lower must be finite, got lower={_show(lower)}")
+            raise ValueError(f"Positive: lower must be finite, got lower={_checks.show(lower)}")
         self._set("lower", lower)
         self.kind = kind
 
@@ -127,7 +127,7 @@ class Positive(_Between):
         return positive_inverse(x, self.lower, kind=self.kind)
 
     def extra_repr(self) -> str:
-        return f"lower={_show(self.lower)}, kind={self.kind!r}"
+        return f"lower={_checks.show(self.lower)}, kind={self.kind!r}"
 
 
 class Simplex(ConstraintModule):
@@ -236,7 +236,3 @@ def _has_infinity(bound: Bound) -> bool:
     if isinstance(bound, Tensor):
         return not bound.is_meta and bool(bound.isinf().any())
     return math.isinf(bound)
-
-
-def _show(bound: Any) -> str:
-    return f"tensor of shape {tuple(bound.shape)}" if isinstance(bound, Tensor) else str(bound)
