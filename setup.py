@@ -39,7 +39,22 @@ class CMakeBuild(build_ext):
         jobs = ["--parallel", jobs] if (jobs := os.environ.get("MAX_JOBS")) else []
         subprocess.run(["cmake", "-S", SOURCE, "-B", build, "-G", "Ninja", *defines], check=True)
         subprocess.run(["cmake", "--build", build, *jobs], check=True)
+        self.remove_cuda_library(target)
         subprocess.run(["cmake", "--install", build], check=True)
+
+    def copy_extensions_to_source(self) -> None:
+        """For an editable install; setuptools knows nothing of the CUDA library."""
+        super().copy_extensions_to_source()
+        package = SOURCE / "constrained_ops"
+        self.remove_cuda_library(package)
+        for library in Path(self.build_lib, "constrained_ops").glob("_C_cuda*"):
+            self.copy_file(str(library), str(package))
+
+    @staticmethod
+    def remove_cuda_library(package: Path) -> None:
+        """One of an earlier build, which this one may have left out."""
+        for library in package.glob("_C_cuda*"):
+            library.unlink()
 
     @staticmethod
     def pybind11_cmake() -> str:

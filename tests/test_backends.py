@@ -303,8 +303,10 @@ def test_bijection_operators_agree(
     kernels: Any, kind: str, shape: tuple[int, ...], layout: Any, dtype: torch.dtype
 ) -> None:
     of, device = kernels
+    if of is interpreted_triton and shape != (2, 70, 3) and (dtype, layout) != (torch.float32, contiguous):
+        pytest.skip("the interpreter takes seconds for each: all shapes, and at one of them all dtypes and layouts")
     if of is interpreted_triton and dtype != torch.float32 and layout is not contiguous:
-        pytest.skip("the interpreter takes seconds for each; loads are those of float32")
+        pytest.skip("the interpreter takes seconds for each: loads are those of float32")
     raw, along = operands(shape, dtype, layout, 2)
     for dim in range(3):
         for grads_layout in dict.fromkeys((contiguous, layout)):
