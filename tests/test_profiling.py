@@ -5,7 +5,9 @@ NVTX sees what profilers see: ``torch.autograd.profiler.emit_nvtx`` hears of the
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -88,6 +90,18 @@ def test_every_operator_has_a_case_here() -> None:
     registered = {name.partition(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith(PREFIX)}
     seen = set().union(*(kernels_of(transform) for transform in USES))
     assert registered == seen | {f"{PREFIX}step"}
+
+
+def test_the_page_names_what_there_is() -> None:
+    root = Path(__file__).parents[1]
+    page = (root / "docs" / "profiling.md").read_text(encoding="utf-8")
+    registered = {name.removeprefix(PREFIX).partition(".")[0] for name in torch._C._dispatch_get_all_op_names()}
+    assert set(re.findall(rf"{PREFIX}(\w+)", page)) - {"bounded"} <= registered
+    folders = [*root.glob("csrc/cuda/*.cuh"), *root.glob("constrained_ops/triton/*.py")]
+    sources = "".join(path.read_text(encoding="utf-8") for path in folders)
+    kernels = set(re.findall(r"\w+_kernel\b", page))
+    assert kernels >= {"linear_kernel", "row_kernel", "bijection_kernel", "step_kernel", "elementwise_kernel"}
+    assert kernels <= set(re.findall(r"(\w+_kernel)\(", sources))
 
 
 OPTIMIZERS = [co.optim.ProjectedAdam, co.optim.ReparametrizedAdam]
