@@ -1,5 +1,7 @@
 """Every kernel by itself: ``python -m benchmarks.kernels``, and ``... --ncu FILE`` for what Nsight Compute saw of it.
 
+``... --list`` prints a table of all of them: what the compiler made of each, its Triton twin, and its emulated tests.
+
 The operators are called as they are registered, without autograd around them, on tensors beyond the L2 cache. Bytes are
 those that an operator must read and write; the ceiling is a copy measured in the same run.
 """
@@ -158,8 +160,8 @@ def short(kernel: str) -> str:
     return name[:end]
 
 
-def summarize(path: Path) -> int:
-    """Print what ``ncu --csv --print-units base`` wrote; returns how many launches it saw."""
+def profiled(path: Path) -> list[dict[str, str]]:
+    """The launches in what ``ncu --csv --print-units base`` wrote."""
     lines = path.read_text(errors="replace").splitlines()
     start = next((i for i, line in enumerate(lines) if line.startswith('"ID"')), len(lines))
     launches: dict[int, dict[str, str]] = {}
@@ -168,11 +170,21 @@ def summarize(path: Path) -> int:
             launch = launches.setdefault(int(row["ID"]), row)
             if "Metric Name" in row:  # a row for each metric, and not a column
                 launch[row["Metric Name"]] = row["Metric Value"]
+    return list(launches.values())
+
+
+def number(launch: dict[str, str], metric: str) -> float:
+    return float((launch.get(metric) or "nan").replace(",", ""))
+
+
+def summarize(path: Path) -> int:
+    """Print what Nsight Compute wrote; returns how many launches it saw."""
+    launches = profiled(path)
     print(" ".join(f"{name:>10}" for name in METRICS.values()), "      GB/s  kernel")
-    for row in launches.values():
-        values = [float((row.get(metric) or "nan").replace(",", "")) for metric in METRICS]
+    for launch in launches:
+        values = [number(launch, metric) for metric in METRICS]
         shown = " ".join(f"{value:>10,.1f}" if value % 1 else f"{value:>10,.0f}" for value in values)
-        print(shown, f"{values[1] / values[0]:>10,.0f}  {short(row['Kernel Name'])[:150]}")
+        print(shown, f"{values[1] / values[0]:>10,.0f}  {short(launch['Kernel Name'])[:150]}")
     return len(launches)
 
 
@@ -185,7 +197,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--once", action="store_true", help="run every kernel, for a profiler, and measure nothing")
     parser.add_argument("--ncu", type=Path, metavar="PATH", help="summarize what Nsight Compute wrote")
     parser.add_argument("--ncu-metrics", action="store_true", help="print what to ask Nsight Compute for")
+    parser.add_argument(
+        "--list", action="store_true", help="list them: compiler, Triton twin, tests; with --ncu, the GPU"
+    )
     args = parser.parse_args(argv)
+    if args.list:
+        from . import kernel_list
+
+        return kernel_list.print_list(profiled(args.ncu) if args.ncu else [])
     if args.ncu_metrics:
         print(",".join(METRICS))
         return 0

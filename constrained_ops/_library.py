@@ -108,6 +108,21 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(STEP)
 
 
+profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+
+
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """``function``, which profilers and NVTX see under ``name`` though the dispatcher has no part in the call."""
+
+    def run(*args: Any) -> Any:
+        if not profiler_enabled():
+            return function(*args)
+        with torch._C._profiler._RecordFunctionFast(name):
+            return function(*args)
+
+    return run
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype in which formulas for ``dtype`` are computed: float32 for the 16-bit ones."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -345,10 +360,9 @@ def _only_on(device: str, transform: str, kernel: str) -> Callable[..., Any]:
 def _implementation(backend: str | None, transform: str, kernel: str) -> Callable[..., Any]:
     if backend is None:
         return overload(transform, kernel)._op  # the dispatcher, past OpOverload's Python frame
-    if backend == "reference":
-        return _references[transform][kernel]
-    if backend == "triton":
-        return _triton(transform, kernel)
+    if backend in ("reference", "triton"):  # past the dispatcher
+        function = _references[transform][kernel] if backend == "reference" else _triton(transform, kernel)
+        return named(overload(transform, kernel)._schema.name, function)
     return _only_on(backend, transform, kernel)
 
 

@@ -22,6 +22,8 @@ DEVICE = os.environ.get("CONSTRAINED_OPS_TEST_DEVICE") or _found
 if DEVICE == "cpu":
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when Triton is imported
 
+import emulation  # noqa: E402
+
 import constrained_ops as co  # noqa: E402
 from constrained_ops import _library  # noqa: E402
 
@@ -107,6 +109,11 @@ def triton_interpreter() -> Iterator[None]:
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # several processes with a thread pool each get in each other's way
+
+
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    """What ``python -m benchmarks.kernels --list`` tells of emulated tests."""
+    emulation.note_launches(getattr(item, "originalname", item.name))
 
 
 @pytest.fixture(autouse=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import shutil
 import subprocess
 import sys
 from importlib import import_module
@@ -130,6 +131,38 @@ def test_what_nsight_compute_saw(benchmarks, written, tmp_path, capsys):
     assert line.split()[:2] == ["1,000", "3,000,000"] and "3,000  row_kernel<float, Project<float, (bool)0>>" in line
     path.write_text("==ERROR== no kernels were profiled\n")
     assert kernels.main(["--ncu", str(path)]) == 1
+
+
+LAUNCHED = "_ZN15constrained_ops11step_kernelIffEEvNS_10StepTablesE"
+NOT_LAUNCHED = "_ZN15constrained_ops11step_kernelIddEEvNS_10StepTablesE"
+
+
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
+def test_the_list_of_kernels(benchmarks, monkeypatch, tmp_path, capsys):
+    """One line for all instances of a kernel. Nothing is made up; what no test has launched is named."""
+    cuda_compiler, emulation = import_module("cuda_compiler"), import_module("emulation")
+    kernels = import_module("benchmarks.kernels")
+    compiled = cuda_compiler.Compiled(registers=40, local=8, wide=None)
+    monkeypatch.setattr(cuda_compiler, "NVCC", None)
+    monkeypatch.setattr(emulation, "instances", lambda: {LAUNCHED: 0, NOT_LAUNCHED: 1})
+    monkeypatch.setattr(emulation, "launches", dict)
+    assert kernels.main(["--list"]) == 0
+    heading, _, line = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == ["step_kernel", "2", "", "step_kernel", "", "", ""]
+
+    monkeypatch.setattr(cuda_compiler, "NVCC", "nvcc")
+    monkeypatch.setattr(cuda_compiler, "CUOBJDUMP", "cuobjdump")
+    more = compiled._replace(registers=64)
+    monkeypatch.setattr(cuda_compiler, "reports", lambda: {80: {LAUNCHED: compiled, NOT_LAUNCHED: more}})
+    monkeypatch.setattr(emulation, "launches", lambda: {LAUNCHED: {"test_layouts", "test_a"}})
+    ncu = tmp_path / "ncu.csv"
+    metric = "dram__throughput.avg.pct_of_peak_sustained_elapsed"
+    ncu.write_text(f'"ID","Kernel Name","{metric}"\n"0","void constrained_ops::step_kernel<float, float>(X)","81.25"\n')
+    assert kernels.main(["--list", "--ncu", str(ncu)]) == 1
+    heading, _, line, *rest = capsys.readouterr().out.splitlines()
+    cells = ["step_kernel", "2", "40-64", "16", "step_kernel", "1", "a, layouts", "81.2"]
+    assert [cell.strip() for cell in line.split("|")[1:-1]] == cells and "registers sm_80" in heading
+    assert rest[-2:] == ["1 of 2 instances were launched by no test:", "  step_kernel<double, double>"]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="there it is the script that runs the tests")

@@ -6,8 +6,10 @@ import ctypes
 import itertools
 import math
 import random
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import emulation
@@ -144,7 +146,7 @@ def mixed_bounds(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("transform", "bounds"), ELEMENTWISE, ids=str)
-@pytest.mark.parametrize("n", [0, 1, 31, 33, 255, 257, 2047, 2049])
+@pytest.mark.parametrize("n", [0, 1, 31, 32, 33, 255, 256, 257, 2047, 2049])
 def test_elementwise_sizes(kernels: Any, transform: str, bounds: Any, dtype: torch.dtype, n: int) -> None:
     raw = sample((n,), dtype)
     for kernel, *args in calls(transform, raw, bounds, lambda: sample((n,), dtype)):
@@ -290,10 +292,12 @@ def test_contiguous_rows(kernels: Any, length: int, offset: int, dtype: torch.dt
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 31, 64, 126, 127, 128, 129, 600, 1025])
+@pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 31, 32, 33, 64, 126, 127, 128, 129, 600, 1025])
 def test_contiguous_rows_of_bijections(kernels: Any, length: int, dtype: torch.dtype) -> None:
-    shape = (9 if length < 500 else 2, length)
-    check_bijections(kernels, sample(shape, dtype), 1, lambda: sample(shape, dtype))
+    rows = 9 if length < 500 else 2
+    offset = length % 2  # an odd one begins between multiples of 16 bytes
+    like = lambda: sample((rows * length + offset,), dtype)[offset:].view(rows, length)  # noqa: E731
+    check_bijections(kernels, like(), 1, like)
 
 
 @pytest.mark.parametrize(
@@ -371,6 +375,15 @@ def test_more_rows_than_the_grid(kernels: Any, shape: tuple[int, int], dim: int)
     raw, g = sample(shape, torch.float32), sample(shape, torch.float32)
     check(kernels, "simplex", "backward", g, raw, dim)
     check(kernels, "projection", "forward", raw, dim, 1.0)
+
+
+@pytest.mark.parametrize(("shape", "dim"), [((9000, 2), 1), ((35, 300), 1), ((300, 3, 40), 1)], ids=str)
+def test_more_rows_of_bijections_than_the_grid(kernels: Any, shape: tuple[int, ...], dim: int) -> None:
+    raw = sample(shape, torch.float32)
+    for kind in ("ilr", "stick_breaking"):
+        check(kernels, kind, "forward", raw, dim)
+        x = _library._references[kind]["forward"](raw, dim)
+        check(kernels, kind, "backward", torch.randn_like(x), None, raw, dim)
 
 
 @pytest.mark.parametrize("shape", [(0, 5), (5, 0), (3, 0, 4)], ids=str)
@@ -496,6 +509,9 @@ def test_operands_that_do_not_fit_are_refused(kernels: Any) -> None:
 # --- Index arithmetic and the emulation itself ---------------------------------------------------------------------
 
 
+ROWS_BEGIN = ("row_in_one_piece", "row_side_by_side", "row_of_a_step")
+
+
 @pytest.fixture(scope="module")
 def checks() -> ctypes.CDLL:
     if not emulation.available():
@@ -504,6 +520,8 @@ def checks() -> ctypes.CDLL:
     library = ctypes.CDLL(str(emulation.build("libchecks.so", sources, ["-O1"], ["-shared", "-Wl,-Bsymbolic"])))
     for name in ("run_half_a_block", "run_half_a_warp", "run_mask", "run_empty_grid", "run_sound"):
         getattr(library, name).restype = ctypes.c_char_p
+    for name in ROWS_BEGIN:
+        getattr(library, name).restype, getattr(library, name).argtypes = ctypes.c_int64, [ctypes.c_int64] * 4
     library.quotient.restype = library.offset.restype = ctypes.c_int64
     library.quotient.argtypes = [ctypes.c_int64, ctypes.c_int64]
     library.offset.argtypes = [ctypes.c_int64, ctypes.c_int, *[ctypes.POINTER(ctypes.c_int64)] * 2]
@@ -535,6 +553,17 @@ def test_offsets_beyond_32_bits(checks: ctypes.CDLL) -> None:
         assert checks.offset(n, rank, array(*sizes), array(*strides)) == expected, (n, sizes, strides)
 
 
+def test_rows_beyond_32_bits(checks: ctypes.CDLL) -> None:
+    numbers = random.Random(0)
+    for name in ROWS_BEGIN:
+        for _ in range(300):
+            outer, length, inner = (numbers.randrange(1, 2 ** numbers.randrange(1, 21)) for _ in range(3))
+            inner = 1 if name == "row_in_one_piece" else inner
+            row = numbers.choice([outer * inner - 1, numbers.randrange(outer * inner)])
+            first = row // inner * length * inner + row % inner
+            assert getattr(checks, name)(outer, length, inner, row) == first, (name, outer, length, inner, row)
+
+
 def test_the_emulation_reports_mistakes(checks: ctypes.CDLL) -> None:
     assert b"__syncthreads that not all come to" in checks.run_half_a_block()
     assert b"warp operation that not all come to" in checks.run_half_a_warp()
@@ -543,6 +572,45 @@ def test_the_emulation_reports_mistakes(checks: ctypes.CDLL) -> None:
     assert message.startswith(b"op: invalid configuration") and b"checks.cpp:" in message
     result = (ctypes.c_int * 64)()
     assert checks.run_sound(result) is None and list(result) == [63] * 64
+
+
+# --- Planted faults ------------------------------------------------------------------------------------------------
+
+MEMORY, RACES = "-fsanitize=address,undefined", "-fsanitize=thread"
+FAULTS = {  # file of csrc/cuda, what stands there and what instead, sanitizer, what is to be said
+    "nothing": ("reduce.cuh", "", "", MEMORY, None),
+    "nothing that threads share": ("reduce.cuh", "", "", RACES, None),
+    "out-of-bounds read": (
+        "storage.cuh",
+        "if (i < count) values",
+        "if (i <= count) values",
+        MEMORY,
+        "heap-buffer-over",
+    ),
+    "missing barrier": ("reduce.cuh", "__syncthreads();\n    state[0] = lane", "state[0] = lane", RACES, "data race"),
+    "wrong shuffle mask": ("reduce.cuh", "0xffffffffu", "0x0000ffffu", MEMORY, "leaves out lanes that take part"),
+}
+
+
+@emulated
+@pytest.mark.parametrize("fault", FAULTS)
+def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
+    """In copies of the parts that the kernels are made of."""
+    file, right, wrong, sanitizer, said = FAULTS[fault]
+    shutil.copytree(emulation.CSRC, tmp_path / "csrc")
+    shutil.copytree(emulation.FOLDER, tmp_path / "tests" / "emulation")
+    planted = tmp_path / "csrc" / "cuda" / file
+    text = planted.read_text()
+    assert not right or text.count(right) == 1
+    planted.write_text(text.replace(right, wrong) if right else text)
+    sources = [tmp_path / "tests" / "emulation" / name for name in ("planted.cpp", "threads.cpp")]
+    flags = ["-O0", "-g1", sanitizer, "-fno-sanitize-recover=all"]
+    program = emulation.build(f"planted_{fault.replace(' ', '_')}", sources, flags, [])
+    done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=100)
+    if said is None:
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+    else:
+        assert done.returncode != 0 and said in done.stderr
 
 
 # --- Sanitizers ----------------------------------------------------------------------------------------------------

@@ -202,6 +202,17 @@ def test_all_elementwise_kinds_in_one_launch(plan_class: Any, dtypes: tuple[torc
     check_steps(plan_class, slots)
 
 
+@pytest.mark.skipif("triton" not in BACKENDS or not INTERPRETED, reason="all formats are among CASES")
+@pytest.mark.parametrize("dtypes", [d for d in DTYPES if ("triton", d) not in CASES], ids=str)
+def test_the_other_formats_in_the_interpreter(dtypes: Any, triton_interpreter: None) -> None:
+    plan_class = type("Triton", (TritonPlan,), {"device": DEVICE})
+    slots = [
+        make_slot("interval", (33,), dtypes, DEVICE, amsgrad=True),
+        make_slot("simplex", (3, 5), dtypes, DEVICE, 1),
+    ]
+    check_steps(plan_class, slots)
+
+
 ROWS = {  # shape, dim
     "1": ((5, 1), 1),
     "3": ((100, 3), 1),

@@ -29,9 +29,6 @@ _health_check: Callable[[Optimizer], None] = getattr(
 ) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009  (its name before torch 2.12)
 
 
-_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
-
-
 class Binding(NamedTuple):
     """A constraint fitted to a parameter, and what it was made from."""
 
@@ -67,7 +64,7 @@ class ConstrainedAdam(Optimizer):
         # The wrapper that torch.optim.Optimizer puts around step takes as long as a small step itself: without hooks
         # and profiler it does nothing.
         hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
-        if _profiler_enabled() or any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        if _library.profiler_enabled() or any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
             return self._watched_step(*([] if closure is None else [closure]))
         return self._unwatched_step(closure)
 

@@ -12,7 +12,7 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, SimplexOf
-from ._plans import Hyper, Slot, _compiled, register
+from ._plans import Hyper, Slot, _compiled, named_step, register
 from ._slots import alike, kind_of, pointer, rows_of
 
 
@@ -25,6 +25,7 @@ class CpuPlan:
     def __init__(self, slots: Sequence[Slot]) -> None:
         first = slots[0]
         self._plan = _compiled.StepPlan(_name(first.param.dtype), _name(first.exp_avg.dtype))
+        self._run = named_step(self._plan.run)
         self._slots = slots
         self._params = [slot.param for slot in slots]
         # Memory stays in being where somebody puts other memory behind a tensor of the state.
@@ -51,7 +52,7 @@ class CpuPlan:
                 grads[i] = torch.empty_like(self._slots[i].exp_avg, dtype=grads[i].dtype).copy_(grads[i].detach())
         if self._gaps:
             self._fill(from_params=True)
-        self._plan.run(list(map(Tensor.data_ptr, grads)), hyper, 1.0 if grad_scale is None else grad_scale.item())
+        self._run(list(map(Tensor.data_ptr, grads)), hyper, 1.0 if grad_scale is None else grad_scale.item())
         increment_version(self._written)
         if self._gaps:
             self._fill(from_params=False)

@@ -76,6 +76,11 @@ class Plan(Protocol):
         ...
 
 
+def named_step(run: Callable[..., Any]) -> Callable[..., Any]:
+    """``run`` under the name that the step has in profiles where it is an operator."""
+    return _library.named(f"{_library.NAMESPACE}::step", run)
+
+
 _plans: dict[tuple[str, str], Callable[[Sequence[Slot]], Plan]] = {}
 
 

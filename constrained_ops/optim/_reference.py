@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._constraints import SimplexOf
 from .._library import compute_dtype
-from ._plans import Hyper, Slot
+from ._plans import Hyper, Slot, named_step
 
 FLOOR = 1e-3
 
@@ -44,8 +44,15 @@ class ReferencePlan:
     ) -> None:
         if found_inf is not None and found_inf.item():
             return
-        for slot, grad in zip(self.slots, grads, strict=True):
-            _step(slot, grad, hyper[slot.group], grad_scale)
+        _take_steps(self.slots, grads, hyper, grad_scale)
+
+
+def _steps(slots: Sequence[Slot], grads: Sequence[Tensor], hyper: Sequence[Hyper], grad_scale: Tensor | None) -> None:
+    for slot, grad in zip(slots, grads, strict=True):
+        _step(slot, grad, hyper[slot.group], grad_scale)
+
+
+_take_steps = named_step(_steps)
 
 
 def _step(slot: Slot, grad: Tensor, hyper: Hyper, grad_scale: Tensor | None) -> None:

@@ -25,7 +25,7 @@ from torch.autograd.graph import increment_version
 from .. import _library
 from .._checks import Bound
 from .._constraints import Box, SimplexOf
-from ._plans import Hyper, Slot, register
+from ._plans import Hyper, Slot, named_step, register
 from ._slots import alike, kind_of, pointer, rows_of
 
 # In the order of StepKind in csrc/step.h.
@@ -288,7 +288,7 @@ class TritonPlan(TablePlan):
     def __init__(self, slots: Sequence[Slot]) -> None:
         super().__init__(slots)
         package = __package__.rpartition(".")[0]
-        self._run = import_module(f"{package}.triton.step").launcher(self)
+        self._run = named_step(import_module(f"{package}.triton.step").launcher(self))
 
     def _launch(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._run(tables, grad_scale, found_inf)

@@ -8,10 +8,12 @@ sanitizers ``threads.cpp`` (a thread each), and ``torch_cuda.cpp`` (device guard
 from __future__ import annotations
 
 import concurrent.futures
+import ctypes
 import fcntl
 import functools
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -130,6 +132,59 @@ def load() -> dict[str, dict[str, Callable[..., Any]]]:
     table["step"] = {"step": getattr(torch.ops, NAMESPACE).step.default}
     torch.ops.load_library(str(library))
     return table
+
+
+# --- Which kernels were launched -------------------------------------------------------------------------------------
+
+KERNEL = re.compile(r"_ZN15constrained_ops\d+\w+_kernelI")
+LAUNCHES = "launches.txt"  # in the cache: lines of a test and a kernel that it launched, in the order of the tests
+_noted: set[str] = set()
+
+
+def kernels_of(library: Path) -> dict[str, int]:
+    """Mangled names of the kernels in a library of the emulation, and where in it they are."""
+    lines = [line.split() for line in run(["nm", str(library)]).stdout.splitlines()]
+    return {name: int(at, 16) for at, _, name in filter(lambda line: len(line) == 3, lines) if KERNEL.match(name)}
+
+
+def instances() -> dict[str, int]:
+    """Those of the library that :func:`load` has built; none if it has not."""
+    library = cache_folder() / "libemulated.so"
+    return kernels_of(library) if library.exists() else {}
+
+
+@functools.cache
+def _symbols() -> tuple[Callable[..., int], dict[int, str]]:
+    library = cache_folder() / "libemulated.so"
+    launched: Any = ctypes.CDLL(str(library)).emulation_launched
+    at = re.search(r"^(\w+) T emulation_launched$", run(["nm", str(library)]).stdout, re.MULTILINE)
+    assert at is not None
+    base = (ctypes.cast(launched, ctypes.c_void_p).value or 0) - int(at[1], 16)
+    return launched, {base + offset: name for name, offset in instances().items()}
+
+
+def note_launches(test: str) -> None:
+    """Remember for :func:`launches` what was launched since the last call. Nothing where nothing was emulated."""
+    if not load.cache_info().currsize:
+        return
+    launched, names = _symbols()
+    found = (ctypes.c_void_p * len(names))()
+    count = launched(found, len(found))
+    lines = {f"{test} {names[address]}\n" for address in found[:count]} - _noted
+    if lines:
+        _noted.update(lines)
+        with (cache_folder() / LAUNCHES).open("a") as file:
+            file.write("".join(sorted(lines)))
+
+
+def launches() -> dict[str, set[str]]:
+    """The tests that have launched a kernel since its sources last changed, by its mangled name."""
+    tests: dict[str, set[str]] = {}
+    path = cache_folder() / LAUNCHES
+    for line in path.read_text().splitlines() if path.exists() else ():
+        test, kernel = line.split()
+        tests.setdefault(kernel, set()).add(test)
+    return tests
 
 
 _definitions: list[torch.library.Library] = []  # operators live as long as their Library

@@ -5,6 +5,7 @@
 #include "../../csrc/cuda/indexing.cuh"
 #include "../../csrc/cuda/launch.cuh"
 #include "../../csrc/cuda/reduce.cuh"
+#include "../../csrc/cuda/step.cuh"
 
 using namespace constrained_ops;
 
@@ -25,6 +26,17 @@ EXPORT int64_t offset(int64_t n, int rank, const int64_t* sizes, const int64_t* 
   int64_t offsets[1];
   Strided<1>(layout).offsets(n, offsets);
   return offsets[0];
+}
+
+// Where a row of [outer, length, inner] begins: for rows in one piece, for rows side by side, and in a step.
+EXPORT int64_t row_in_one_piece(int64_t outer, int64_t length, int64_t, int64_t row) {
+  return Row::at(Rows(outer, length, 1), BlockGroup(32, 4), row).first;
+}
+EXPORT int64_t row_side_by_side(int64_t outer, int64_t length, int64_t inner, int64_t row) {
+  return Row::at(Rows(outer, length, inner), ColumnGroup{1, 1, 4}, row).first;
+}
+EXPORT int64_t row_of_a_step(int64_t outer, int64_t length, int64_t inner, int64_t row) {
+  return StepRow({outer, length, inner}, ColumnGroup{1, 1, 4}, row, outer * inner).first;
 }
 
 namespace {

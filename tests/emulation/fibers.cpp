@@ -5,6 +5,7 @@
 #include <cstring>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -50,6 +51,7 @@ struct Device {
   ucontext_t scheduler;
   std::string failure;
   unsigned blocks_run = 0;
+  std::set<const void*> launched;
 };
 
 Device& device() {
@@ -162,9 +164,10 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, int width) {
   return slots[reachable ? source : lane()];
 }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, const void* address) {
   Device& d = device();
   const std::lock_guard<std::mutex> lock(d.in_use);
+  d.launched.insert(address);
   d.kernel = &kernel;
   d.failure.clear();
   d.shared = std::make_unique<unsigned char[]>(shared_bytes);
@@ -180,3 +183,14 @@ void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
 }
 
 }  // namespace emulation
+
+// The addresses of the kernels launched since the last call, `most` of them; returns how many there are.
+extern "C" __attribute__((visibility("default"))) int emulation_launched(const void** kernels, int most) {
+  emulation::Device& d = emulation::device();
+  const std::lock_guard<std::mutex> lock(d.in_use);
+  int count = 0;
+  for (const void* kernel : d.launched)
+    if (count++ < most) kernels[count - 1] = kernel;
+  d.launched.clear();
+  return count;
+}

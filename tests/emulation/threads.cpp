@@ -182,7 +182,7 @@ uint64_t exchange(unsigned mask, uint64_t value, int source, int width) {
   return slots[reachable ? source : lane];
 }
 
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel) {
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, const void*) {
   Pool& pool = emulation::pool();
   const std::lock_guard<std::mutex> lock(pool.in_use);
   const int threads = static_cast<int>(block.x);

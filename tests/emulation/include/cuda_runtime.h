@@ -44,8 +44,9 @@ bool any_of_block(bool condition);
 // Waits for all lanes of the warp, and hands lane `source` of it what that one brought.
 uint64_t exchange(unsigned mask, uint64_t value, int source, int width);
 
-// Runs `kernel` for every thread of every block; rethrows what goes wrong in one of them.
-void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
+// Runs `kernel`, a call of the function at `address`, for every thread of every block; rethrows what goes wrong in one
+// of them.
+void run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel, const void* address);
 
 template <typename T>
 T shuffle(unsigned mask, T value, int source, int width) {
@@ -126,6 +127,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   const bool possible = grid.x >= 1 && grid.x < (1u << 31) && block.x >= 1 && block.x <= 1024 && block.x % 32 == 0 &&
                         config->dynamicSmemBytes <= 48 * 1024;
   if (!possible) return cudaErrorInvalidConfiguration;
-  emulation::run(grid, block, config->dynamicSmemBytes, [&] { kernel(Parameters(arguments)...); });
+  emulation::run(
+      grid, block, config->dynamicSmemBytes, [&] { kernel(Parameters(arguments)...); },
+      reinterpret_cast<const void*>(kernel));
   return cudaSuccess;
 }
