@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import functools
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -102,27 +102,28 @@ def _compile(file: Path, base: int) -> dict[int, dict[str, Compiled]]:
         return found
 
 
+@functools.cache
 def _kept(file: Path, base: int) -> dict[int, dict[str, Compiled]]:
-    """Kept as long as neither sources nor compilers change."""
+    """Kept as long as neither sources nor compilers change; compiled by one process, for which others wait."""
     version = emulation.run([NVCC or "nvcc", "--version"]).stdout.split()[-1].replace("/", "_")
     kept = emulation.cache_folder() / f"{file.stem}.{base}.{version}.{'sass' if CUOBJDUMP else ''}.json"
-    if not kept.exists():
-        partial = kept.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(_compile(file, base)))
-        partial.replace(kept)
+    with kept.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            text = json.dumps(_compile(file, base))
+            kept.write_text(text)
     return {
         int(architecture): {name: Compiled(*numbers) for name, numbers in kernels.items()}
         for architecture, kernels in json.loads(kept.read_text()).items()
     }
 
 
-@functools.cache
-def reports(files: Sequence[Path] = tuple(FILES)) -> dict[str, dict[int, dict[str, Compiled]]]:
-    """By file, architecture and the kernel's mangled name."""
-    jobs = [(file, base) for file in files for base in (80, 90)]
+def report(file: Path) -> dict[int, dict[str, Compiled]]:
+    """By architecture and the kernel's mangled name."""
+    return {**_kept(file, 80), **_kept(file, 90)}
+
+
+def reports() -> dict[str, dict[int, dict[str, Compiled]]]:
+    """Of all files, by their stems."""
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(lambda job: _kept(*job), jobs))
-    by_file: dict[str, dict[int, dict[str, Compiled]]] = {}
-    for (file, _), each in zip(jobs, found, strict=True):
-        by_file.setdefault(file.stem, {}).update(each)
-    return by_file
+        return dict(zip([file.stem for file in FILES], pool.map(report, FILES), strict=True))

@@ -10,19 +10,19 @@ from pathlib import Path
 import cuda_compiler
 import emulation
 import pytest
-from cuda_compiler import CUOBJDUMP, FILES, NVCC, reports
+from cuda_compiler import CUOBJDUMP, FILES, NVCC, report
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH, in CUDACXX, CUDA_HOME or /usr/local/cuda")
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_no_local_memory(file: Path) -> None:
-    report = reports()[file.stem]
-    assert sorted(report) == cuda_compiler.architectures()
-    for kernels in report.values():
+    compiled = report(file)
+    assert sorted(compiled) == cuda_compiler.architectures()
+    for kernels in compiled.values():
         assert len(kernels) >= {"step": 6, "bijection": 48}.get(file.stem, 50)
         assert {name: each for name, each in kernels.items() if each.stack or each.spills} == {}
-        assert kernels.keys() == report[80].keys()
+        assert kernels.keys() == compiled[80].keys()
 
 
 def takes_vectors(kernel: str) -> bool:
@@ -37,7 +37,7 @@ def takes_vectors(kernel: str) -> bool:
 @pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump, on PATH or in Triton")
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_accesses_of_16_bytes(file: Path) -> None:
-    kernels = reports()[file.stem][90]
+    kernels = report(file)[90]
     narrow = [name for name, each in kernels.items() if takes_vectors(name) and not all(each.wide or (0,))]
     assert narrow == []
     assert file.stem == "bijection" or any(map(takes_vectors, kernels))
