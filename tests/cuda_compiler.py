@@ -73,11 +73,11 @@ def parsed(report: str) -> dict[str, Compiled]:
 
 def wide_accesses(disassembly: str) -> dict[str, tuple[int, int]]:
     def count(operation: str, text: str) -> int:
-        return len(re.findall(rf"\b{operation}\.[\w.]*\b128\b", text))
+        return len(re.findall(rf"\b{operation}G?\.[\w.]*\b128\b", text))  # G: of global memory, known to be
 
     functions = re.split(r"^\s*Function : (\w+)$", disassembly, flags=re.MULTILINE)[1:]
     pairs = zip(functions[::2], functions[1::2], strict=True)
-    return {name: (count("LDG", text), count("STG", text)) for name, text in pairs}
+    return {name: (count("LD", text), count("ST", text)) for name, text in pairs}
 
 
 def _compile(file: Path, base: int) -> dict[int, dict[str, Compiled]]:
