@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import itertools
 import math
 import random
@@ -192,6 +193,16 @@ def test_elementwise_layouts(kernels: Any, layout: str, dtype: torch.dtype) -> N
                 check(kernels, "bounded", kernel, *args)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("transform", "bounds"), ELEMENTWISE, ids=str)
+def test_every_map_strided(kernels: Any, transform: str, bounds: Any, dtype: torch.dtype) -> None:
+    sliced = layouts(dtype)["sliced"]
+    raw = sliced()
+    for of_kind in (bounds, tensor_bounds(raw, bounds)):
+        for kernel, *args in calls(transform, raw, of_kind, sliced):
+            check(kernels, transform, kernel, *args)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("lower_shape", [(1, 1), (1, 37), (19, 1), (19, 37)], ids=str)
 @pytest.mark.parametrize("upper_shape", [(1, 1), (1, 37), (19, 37)], ids=str)
@@ -336,6 +347,8 @@ def test_layouts_of_bijections(kernels: Any, layout: str) -> None:
         (torch.float32, 8193),
         (torch.float32, 16_388),
         (torch.float16, 8200),
+        (torch.float16, 16_401),
+        (torch.bfloat16, 16_401),
         (torch.float64, 8193),
     ],
     ids=str,
@@ -605,7 +618,8 @@ def test_planted_faults_are_found(fault: str, tmp_path: Path) -> None:
     planted.write_text(text.replace(right, wrong) if right else text)
     sources = [tmp_path / "tests" / "emulation" / name for name in ("planted.cpp", "threads.cpp")]
     flags = ["-O0", "-g1", sanitizer, "-fno-sanitize-recover=all"]
-    program = emulation.build(f"planted_{fault.replace(' ', '_')}", sources, flags, [])
+    of_fault = hashlib.sha256(repr(FAULTS[fault]).encode()).hexdigest()[:16]
+    program = emulation.build(f"planted_{of_fault}", sources, flags, [])
     done = subprocess.run(["setarch", "-R", str(program)], capture_output=True, text=True, timeout=100)
     if said is None:
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
