@@ -25,7 +25,7 @@ from .harness import COMPILED, OURS, Job, Peer, Shape, Step, optional
 
 LR, BETA1, BETA2, EPS = 1e-2, 0.9, 0.999, 1e-8
 AGREEMENT_STEPS = 3  # moments and their corrections differ from the second step on
-WHOLE = f"{COMPILED}, all"  # Adam written out, and the constraint, in one compiled function
+WHOLE = f"{COMPILED}, whole step"  # Adam written out, and the constraint, in one compiled function
 SPARSEMAX = "fused, entmax.sparsemax"
 EUCLIDEAN = f"{OURS}, euclidean"
 Transform = Callable[[Tensor], Tensor]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .bench_steps import SPARSEMAX
-from .harness import COMPILED, COPY, LENGTHS, NUMBERS, OURS, Job, Shape, on_gpu
+from .harness import COMPILED, COPY, LENGTHS, OURS, Job, Shape, on_gpu, rows
 from .report import Case, Row, read, shape_name
 
 SAME = 0.95  # what no peer should be above without being named
@@ -37,11 +37,7 @@ def gpu(job: str, shapes: Sequence[Shape], peer: str, at_least: float, grows: in
     return [Floor("cuda", job, on_gpu(shape, grows), peer, at_least) for shape in shapes]
 
 
-def rows(*lengths: int) -> list[Shape]:
-    return [(NUMBERS // length, length) for length in lengths]
-
-
-FROM_4 = rows(*(length for length in LENGTHS if length >= 4))
+FROM_4 = rows([length for length in LENGTHS if length >= 4])
 FLOORS = [
     *cpu("bounded", [(8,), (64,), (1024,)], "eager", 1.15),
     *cpu("bounded", [(8,), (64,), (1024,)], COMPILED, 2.5),
@@ -51,12 +47,12 @@ FLOORS = [
     *cpu("bounded_tensor", [(2**20,)], COMPILED, 1.2),
     *cpu("positive", [(2**20,)], "F.softplus", 1.3),
     *cpu("positive_second_order", [(2**20,)], "F.softplus", 2),
-    *cpu("simplex", rows(4, 32, 1024, 65536), "torch.softmax", 30, 2, 1.2, 1.0),
+    *cpu("simplex", rows([4, 32, 1024, 65536]), "torch.softmax", 30, 2, 1.2, 1.0),
     *cpu("simplex_dim0", [(32, 32768)], "torch.softmax", 2),
     *cpu("projection_forward", FROM_4, "entmax.sparsemax", 60),
     *cpu("projection_forward", FROM_4, COPY, 1 / 6),
     *cpu("step_box", [(2**10,), (2**20,), (2**24,)], "fused, clamp_", 1.5, 2.2, 1.25),
-    *cpu("step_simplex", rows(4, 32, 1024), SPARSEMAX, 40),
+    *cpu("step_simplex", rows([4, 32, 1024]), SPARSEMAX, 40),
     *cpu("step_raw", [(2**10,), (2**20,), (2**24,)], "eager, fused", 4, 5, 12),
     *cpu("step_raw", [(2**20,), (2**24,)], COMPILED, 3, 4.5),
     *cpu("step_raw_many", [(200, 64)], "eager, fused", 60),
@@ -64,12 +60,12 @@ FLOORS = [
     *(floor for job in ("bounded_forward", "bounded", "positive") for floor in gpu(job, LARGE, COPY, 0.95)),
     *(floor for job in ("bounded_forward", "bounded", "positive") for floor in gpu(job, LARGE, COMPILED, 1.0)),
     *(floor for job in ("simplex_forward", "simplex") for floor in gpu(job, FROM_4, COPY, 0.85)),
-    *(floor for job in ("simplex_forward", "simplex") for floor in gpu(job, FROM_4, COMPILED, 1.0)),
+    *(floor for job in ("simplex_forward", "simplex") for floor in gpu(job, rows([4, 32, 1024, 65536]), COMPILED, 1.0)),
     *(floor for job in ("projection_forward", "projection") for floor in gpu(job, FROM_4, COPY, 0.85)),
     *gpu("step_box", LARGE, COPY, 0.92),
     *gpu("step_raw", LARGE, COPY, 0.92),
-    *gpu("step_simplex", rows(4, 32, 1024), COPY, 0.92),
-    *gpu("step_softmax", rows(4, 32, 1024), COPY, 0.92),
+    *gpu("step_simplex", rows([4, 32, 1024]), COPY, 0.92),
+    *gpu("step_softmax", rows([4, 32, 1024]), COPY, 0.92),
     *gpu("step_raw_many", [(10_000, 64)], "eager, fused", 20),
     *gpu("step_box_many", [(10_000, 64)], "fused, clamp_", 20),
 ]
@@ -90,8 +86,8 @@ def cases(jobs: Mapping[str, Job], device: str, with_compile: bool) -> list[Case
 class Measured:
     """The rows of one file."""
 
-    def __init__(self, rows: Sequence[Row]) -> None:
-        self.rows = {(row["job"], row["shape"], row["peer"]): row for row in rows}
+    def __init__(self, results: Sequence[Row]) -> None:
+        self.rows = {(row["job"], row["shape"], row["peer"]): row for row in results}
 
     def ratio(self, job: str, shape: str, peer: str) -> float | None:
         row = self.rows.get((job, shape, peer))
@@ -155,13 +151,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--strict", action="store_true", help="exit status 1 unless every floor is met in every file")
     args = parser.parse_args(argv)
     files = [read(path) for path in args.results]
-    devices = {row["device"] for rows in files for row in rows}
+    devices = {row["device"] for results in files for row in results}
     if len(devices) != 1:
         parser.error(f"results must be of one kind of device, not of {sorted(devices)}")
-    for path, rows in zip(args.results, files, strict=True):
+    for path, results in zip(args.results, files, strict=True):
         about = ("machine", "threads", "backend", "simd", "torch", "python", "constrained_ops", "commit")
-        print(f"- {path.stem}: " + ", ".join(f"{name} {rows[0][name]}" for name in about if rows[0][name]))
-    text, met = report([Measured(rows) for rows in files], [path.stem for path in args.results], devices.pop())
+        print(f"- {path.stem}: " + ", ".join(f"{name} {results[0][name]}" for name in about if results[0][name]))
+    text, met = report([Measured(results) for results in files], [path.stem for path in args.results], devices.pop())
     print(f"\n{text}", end="")
     return 1 if args.strict and not met else 0
 
