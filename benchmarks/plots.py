@@ -255,7 +255,7 @@ def draw_ratios(rows: Sequence[Row], families: Sequence[Family]) -> Figure:
             axes.set_visible(True)
             bars(axes, of_family[family], family)
             axes.tick_params(labelbottom=True)
-            axes.set_xlim(min(0.8, 0.9 * min(ratios)), 2 * max(ratios))
+            axes.set_xlim(min(0.8, 0.9 * min(ratios, default=1)), 2 * max(ratios, default=1))
     for axes in panels[-1]:
         axes.set_xlabel("the peer's time over ours; left of 1 the peer is faster", fontsize=9)
     head(figure, "How many times as fast as what it replaces", rows[0])
@@ -288,7 +288,7 @@ def draw_ceiling(rows: Sequence[Row]) -> Figure:
         names.append(f"{title}   {' x '.join(short(int(n)) for n in ours['shape'].split('x'))}")
         axes.barh(y, share, height=0.62, color=BLUE, label=OURS if y == 0 else None)
         peers = [row for row in of(rows, job=job, shape=ours["shape"]) if is_peer(row)]
-        theirs = max(100 * float(row["share_of_copy"]) for row in peers)
+        theirs = max((100 * float(row["share_of_copy"]) for row in peers), default=math.nan)
         label = "the fastest peer" if y == 0 else None
         axes.plot([theirs, theirs], [y - 0.4, y + 0.4], color="#f0a030", linewidth=3.5, label=label)
         axes.annotate(f"{share:.0f}%", (max(share, theirs), y), (5, 0), textcoords="offset points", va="center",

@@ -313,6 +313,16 @@ def test_pictures(benchmarks, tmp_path):
     assert plots.main([str(path), str(folder)]) == 1
 
 
+def test_pictures_of_what_only_a_copy_is_beside(benchmarks):
+    """As floors on a GPU have it."""
+    plots = import_module("benchmarks.plots")
+    others = {"peer_to_ours": 1.0, "share_of_copy": 1.0}
+    rows = [row("step_box", "1024", peer, 10.0, **others) for peer in ("constrained_ops", "copy_")]
+    rows = [{name: str(value) for name, value in row.items()} for row in rows]
+    assert len(plots.draw_ceiling(rows).axes[0].patches) == 1  # ours
+    assert len(plots.draw_ratios(rows, [plots.Family("step_box", "a step")]).axes[0].patches) == 0
+
+
 # --- On a GPU ------------------------------------------------------------------------------------------------------
 
 KERNEL = (
