@@ -114,7 +114,7 @@ def written_out(
             exp_avg.lerp_(g, 1 - BETA1)
             exp_avg_sq.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
             raw.copy_(bound(raw - size * exp_avg / (exp_avg_sq.sqrt() / correction + EPS)))
-        return [transform(raw) for raw in raws] if transform else raws
+        return [transform(raw) for raw in raws] if transform else []
 
     def peer(inputs: Inputs) -> Step:
         raws, grads = [inverse(value).clone() for value in inputs.values], [g.clone() for g in inputs.grads]
