@@ -108,7 +108,7 @@ def time(us: float) -> str:
     for unit, letter in ((1e6, "s"), (1e3, "ms"), (1, "µs")):
         if us >= unit:
             return f"{us / unit:.3g} {letter}"
-    return f"{us * 1e3:.3g} ns"
+    return f"{us * 1e3:.3g} ns" if us else "0"
 
 
 def bare(axes: Axes) -> None:
@@ -310,17 +310,34 @@ def draw_ceiling(rows: Sequence[Row]) -> Figure:
 # --- One job -------------------------------------------------------------------------------------------------------
 
 
-def draw_job(rows: Sequence[Row]) -> Figure:
-    job, shapes = rows[0]["job"], unique(rows, "shape")
-    figure = Figure(figsize=(9.5, 6.4), layout="constrained")
-    times, shares = figure.subplots(2, sharex=True)
+def quartiles(rows: Sequence[Row]) -> tuple[list[float], tuple[list[float], list[float]]]:
+    """Medians, and how far the quartiles are below and above."""
+    low, median, high = ([float(row[f"{name}_us"]) for row in rows] for name in ("quartile1", "median", "quartile3"))
+    below = [m - q for m, q in zip(median, low, strict=True)]
+    return median, (below, [q - m for m, q in zip(median, high, strict=True)])
+
+
+def bars_of_one_shape(axes: Axes, rows: Sequence[Row]) -> None:
+    median, off = quartiles(rows)
+    colors = [style_of(row["peer"])["color"] for row in rows]
+    axes.barh(range(len(rows)), median, xerr=off, height=0.7, color=colors, ecolor=INK, capsize=3)
+    for y, row in enumerate(rows):
+        text = f"{time(median[y])}, {100 * float(row['share_of_copy']):.0f}% of the speed of copy_"
+        axes.annotate(text, (median[y] + off[1][y], y), (5, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.set(ylim=(len(rows) - 0.5, -0.5), xlim=(0, 1.5 * max(median)))
+    axes.set_yticks(range(len(rows)), [row["peer"] for row in rows])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda us, _: time(us)))
+    axes.set_xlabel(f"time per run, {rows[0]['shape']}", fontsize=9)
+    axes.grid(axis="x", color="#e6e6e6", linewidth=0.8)
+    axes.set_axisbelow(True)
+    bare(axes)
+
+
+def lines_over_shapes(times: Axes, shares: Axes, rows: Sequence[Row], shapes: Sequence[str]) -> None:
     for peer in unique(rows, "peer"):
         own = of(rows, peer=peer)
         at = [shapes.index(row["shape"]) for row in own]
-        low, median, high = (
-            [float(row[name]) for row in own] for name in ("quartile1_us", "median_us", "quartile3_us")
-        )
-        off = [[m - q for m, q in zip(median, low, strict=True)], [q - m for m, q in zip(median, high, strict=True)]]
+        median, off = quartiles(own)
         times.errorbar(at, median, off, label=peer, capsize=2, **style_of(peer))
         if peer != COPY:
             shares.plot(at, [100 * float(row["share_of_copy"]) for row in own], **style_of(peer))
@@ -333,8 +350,18 @@ def draw_job(rows: Sequence[Row]) -> Figure:
     for axes in (times, shares):
         axes.grid(color="#e6e6e6", linewidth=0.8)
         bare(axes)
-    figure.legend(loc="outside right center", frameon=False, fontsize=9)
-    head(figure, job, rows[0])
+
+
+def draw_job(rows: Sequence[Row]) -> Figure:
+    shapes = unique(rows, "shape")
+    if len(shapes) == 1:
+        figure = Figure(figsize=(9.5, 0.4 * len(rows) + 1.5), layout="constrained")
+        bars_of_one_shape(figure.subplots(), rows)
+    else:
+        figure = Figure(figsize=(9.5, 6.4), layout="constrained")
+        lines_over_shapes(*figure.subplots(2, sharex=True), rows, shapes)
+        figure.legend(loc="outside right center", frameon=False, fontsize=9)
+    head(figure, rows[0]["job"], rows[0])
     return figure
 
 
