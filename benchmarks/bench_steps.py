@@ -109,12 +109,16 @@ def written_out(
     def update(
         raws: list[Tensor], grads: list[Tensor], moments: list[tuple[Tensor, Tensor]], size: Tensor, correction: Tensor
     ) -> list[Tensor]:
+        values = []
         for raw, grad_x, (exp_avg, exp_avg_sq) in zip(raws, grads, moments, strict=True):
             g = grad_of(raw, grad_x)
             exp_avg.lerp_(g, 1 - BETA1)
             exp_avg_sq.mul_(BETA2).addcmul_(g, g, value=1 - BETA2)
-            raw.copy_(bound(raw - size * exp_avg / (exp_avg_sq.sqrt() / correction + EPS)))
-        return [transform(raw) for raw in raws] if transform else []
+            new = bound(raw - size * exp_avg / (exp_avg_sq.sqrt() / correction + EPS))
+            if transform:
+                values.append(transform(new))
+            raw.copy_(new)
+        return values
 
     def peer(inputs: Inputs) -> Step:
         raws, grads = [inverse(value).clone() for value in inputs.values], [g.clone() for g in inputs.grads]

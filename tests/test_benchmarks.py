@@ -175,6 +175,21 @@ def test_a_case_that_fails_is_told_and_the_others_run(benchmarks, tmp_path, caps
     assert "2 of 2 cases were left out" in out
 
 
+def test_what_the_compiler_fails_on_is_left_out_and_told(benchmarks):
+    harness = import_module("benchmarks.harness")
+
+    def failing(inputs: object) -> object:
+        return harness.Step(None, lambda: 1 / 0)
+
+    job = a_job("some", torch.sigmoid)
+    compiled = dataclasses.replace(job, peers={**job.peers, "torch.compile": failing})
+    with pytest.warns(UserWarning, match=r"some \(8,\): torch.compile is left out: division by zero"):
+        assert list(compiled.steps((8,), "cpu")) == ["eager", "constrained_ops", "copy_"]
+    other = dataclasses.replace(job, peers={"eager": job.peers["eager"], "constrained_ops": failing})
+    with pytest.raises(ZeroDivisionError):
+        other.steps((8,), "cpu", with_compile=False)
+
+
 def test_chosen_shapes(benchmarks):
     harness = import_module("benchmarks.harness")
     assert harness.on_gpu((1024,), 0) == (1024,)
