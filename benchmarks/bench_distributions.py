@@ -9,7 +9,7 @@ from torch.distributions import Transform, biject_to, constraints
 
 import constrained_ops as co
 
-from .harness import OURS, Job
+from .harness import OURS, transform
 
 CONSTRAINTS = {"interval": constraints.interval(-1.0, 2.0), "simplex": constraints.simplex}
 
@@ -29,19 +29,20 @@ def peers(constraint: constraints.Constraint) -> Mapping[str, Callable[[Tensor],
     with co.distributions.installed():
         ours = biject_to(constraint)
     return {
-        "eager": density(biject_to(constraint)),
-        # A cache of its own for each step, which ends with a backward pass through what it holds.
-        "with_cache": lambda raw: density(ours.with_cache())(raw),
+        "torch.distributions": density(biject_to(constraint)),
+        # A cache of its own for each run, which ends with a backward pass through what it holds.
+        f"{OURS}, cached": lambda raw: density(ours.with_cache())(raw),
         OURS: density(ours),
     }
 
 
 JOBS = [
-    Job(
+    transform(
+        1,
         f"biject_to_{name}",
-        f"biject_to({name}), value and log-determinant, forward + backward",
-        shapes=[(8,), (1000, 99), (2**14, 64)],
-        peers=peers(constraint),
+        f"biject_to({name}), value and log-determinant",
+        [(8,), (1000, 99), (2**14, 64)],
+        peers(constraint),
         moved=(3, 4),  # raw -> y, log_det; both gradients, raw -> grad_raw
     )
     for name, constraint in CONSTRAINTS.items()

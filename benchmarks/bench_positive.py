@@ -7,7 +7,7 @@ from torch.nn.functional import softplus
 
 import constrained_ops as co
 
-from .harness import OURS, Job
+from .harness import OURS, Function, optional, transform
 
 
 def eager(raw: Tensor) -> Tensor:
@@ -18,23 +18,11 @@ def ours(raw: Tensor) -> Tensor:
     return co.positive(raw)
 
 
-PEERS = {"eager": eager, OURS: ours}
-SHAPES = [(2**20,)]
+PEERS: dict[str, Function] = {"F.softplus": eager}
+if gpytorch := optional("gpytorch.constraints"):
+    PEERS["gpytorch"] = gpytorch.Positive().transform
+PEERS[OURS] = ours
+SIZES = [(1024,), (2**16,), (2**20,), (2**24,)]
+MOVED = (2, 3, 4)  # raw -> x; grad_x, raw -> grad_raw; along, grad_x, raw -> second gradient
 
-JOBS = [
-    Job(
-        "positive",
-        "forward + backward",
-        shapes=SHAPES,
-        peers=PEERS,
-        moved=(2, 3),  # raw -> x; grad_x, raw -> grad_raw
-    ),
-    Job(
-        "positive_second_order",
-        "forward + backward with create_graph + backward of the gradient",
-        shapes=SHAPES,
-        peers=PEERS,
-        moved=(2, 3, 4),  # as above; along, grad_x, raw -> second gradient
-        order=2,
-    ),
-]
+JOBS = [transform(order, "positive", "above 0", SIZES, PEERS, MOVED, headline=order == 1) for order in (0, 1, 2)]

@@ -1,19 +1,13 @@
-"""``project_simplex``, in place of ``entmax.sparsemax`` where that is installed, and of the sort that it is made of."""
+"""``project_simplex``, in place of other packages' sparsemax, and of the sort that it is made of."""
 
 from __future__ import annotations
-
-from importlib import import_module
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 import constrained_ops as co
 
-from .harness import OURS, Job, Shape
-
-NUMBERS = 2**20
-SHAPES = [(NUMBERS // k, k) for k in (4, 8, 20, 64, 256, 1024, 8192, 65536)]
+from .harness import LENGTHS, LIGER, OURS, Function, Shape, optional, rows, transform
 
 
 def sorting(x: Tensor) -> Tensor:
@@ -51,32 +45,21 @@ def with_weights(shape: Shape) -> list[Tensor]:
     return [torch.randn(shape), torch.rand(shape) + 0.5]
 
 
-PEERS = {"eager": sorting, OURS: ours}
-if find_spec("entmax"):
-    PEERS = {"eager": sorting, "entmax": import_module("entmax").sparsemax, OURS: ours}
+PEERS: dict[str, Function] = {"sort": sorting}
+if entmax := optional("entmax"):
+    PEERS["entmax.sparsemax"] = entmax.sparsemax
+if torch.cuda.is_available() and (liger := optional("liger_kernel.transformers.functional")):
+    PEERS[LIGER] = liger.liger_sparsemax
+PEERS[OURS] = ours
+WEIGHTED = {"sort": sorting_weighted, OURS: ours_weighted}
+SOME = rows((20, 256, 8192))
+MOVED = (2, 3)  # x -> y; grad_y, y -> grad_x
+WEIGHTED_MOVED = (3, 6)  # x, weight -> y; grad_y, y, weight, x -> two gradients
+NEAR = "rows whose support is most of them"
 
 JOBS = [
-    Job(
-        "projection",
-        "rows, from many short ones to few long ones, forward + backward",
-        shapes=SHAPES,
-        peers=PEERS,
-        moved=(2, 3),  # x -> y; grad_y, y -> grad_x
-    ),
-    Job(
-        "projection_near",
-        "rows whose support is most of them, forward + backward",
-        shapes=SHAPES[2::2],
-        peers=PEERS,
-        moved=(2, 3),
-        leaves=near_the_simplex,
-    ),
-    Job(
-        "projection_weighted",
-        "a weight for each element, forward + backward to x and weight",
-        shapes=SHAPES[2::2],
-        peers={"eager": sorting_weighted, OURS: ours_weighted},
-        moved=(3, 6),  # x, weight -> y; grad_y, y, weight, x -> two gradients
-        leaves=with_weights,
-    ),
+    transform(0, "projection", "rows of 2 to 65 536", rows(LENGTHS), PEERS, MOVED, with_compile=False),
+    transform(1, "projection", "rows of 2 to 65 536", rows(LENGTHS), PEERS, MOVED, with_compile=False),
+    transform(1, "projection_near", NEAR, SOME, PEERS, MOVED, near_the_simplex),
+    transform(1, "projection_weighted", "a weight for each element", SOME, WEIGHTED, WEIGHTED_MOVED, with_weights),
 ]

@@ -7,10 +7,9 @@ from torch import Tensor
 
 import constrained_ops as co
 
-from .harness import OURS, Job
+from .harness import LENGTHS, OURS, rows, transform
 
-NUMBERS = 2**20
-MOVED = (2, 3)  # raw -> x; grad_x, raw -> grad_raw
+MOVED = (2, 3, 4)  # raw -> x; grad_x, raw -> grad_raw; along, grad_x, raw -> second gradient
 
 
 def eager(raw: Tensor) -> Tensor:
@@ -29,20 +28,13 @@ def ours_dim0(raw: Tensor) -> Tensor:
     return co.simplex(raw, 0)
 
 
+ROWS = {"torch.softmax": eager, OURS: ours}
+COLUMNS = {"torch.softmax": eager_dim0, OURS: ours_dim0}
+
 JOBS = [
-    Job(
-        "simplex",
-        "rows, from many short ones to few long ones, forward + backward",
-        shapes=[(NUMBERS // k, k) for k in (2, 8, 32, 128, 1024, 8192, 65536)],
-        peers={"eager": eager, OURS: ours},
-        moved=MOVED,
-    ),
-    Job(
-        "simplex_dim0",
-        "along the first dimension, forward + backward",
-        shapes=[(32, 32768)],
-        peers={"eager": eager_dim0, OURS: ours_dim0},
-        moved=MOVED,
-        grows=1,
-    ),
+    transform(0, "simplex", "rows of 2 to 65 536", rows(LENGTHS), ROWS, MOVED),
+    transform(1, "simplex", "rows of 2 to 65 536", rows(LENGTHS), ROWS, MOVED, headline=True),
+    transform(2, "simplex", "rows of 4 to 65 536", rows((4, 32, 1024, 65536)), ROWS, MOVED),
+    transform(0, "simplex_dim0", "along the first dimension", [(32, 32768)], COLUMNS, MOVED, grows=1),
+    transform(1, "simplex_dim0", "along the first dimension", [(32, 32768)], COLUMNS, MOVED, grows=1),
 ]

@@ -159,11 +159,13 @@ stage_sanitize() { # four at a time: each is busy with one processor
 
 stage_benchmarks() {
   local options=(--csv "$output/benchmarks.csv" --seconds $(($1 > 40 ? $1 - 25 : $1)))
-  [ -n "$gpu" ] && [ "$1" -ge 240 ] || options+=(--quick)  # all of it takes minutes
+  if [ -z "$gpu" ] || [ "$1" -lt 240 ]; then options+=(--quick)
+  elif [ "$1" -lt 1800 ]; then options+=(--floors); fi  # all of it takes longer
   [ -z "$quick" ] || options+=(--quick --no-compile --only bounded --only projection --only step_box)
   "$python" -m benchmarks "${options[@]}"
   local status=$?
-  "$python" -m benchmarks.plots "$output/benchmarks.csv" "$output/plots" && return $status
+  "$python" -m benchmarks.floors "$output/benchmarks.csv" >"$output/floors.md" || status=$?
+  "$python" -m benchmarks.plots --detail "$output/benchmarks.csv" "$output/plots" && return $status
 }
 
 numbers() { [ -n "$gpu" ] && [ -z "$quick" ] && echo $((1 << 26)) || echo $((1 << 17)); }

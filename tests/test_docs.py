@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = [ROOT / "README.md", *(page for page in sorted((ROOT / "docs").glob("*.md")) if page.name != "benchmarks.md")]
 OPTIONAL = re.compile(r"^(?:import|from) (gpytorch|pyro)\b", re.MULTILINE)
 PRINT = re.compile(r"^ *print\(.*\)  # (.*)$", re.MULTILINE)
 
