@@ -75,7 +75,8 @@ def moved(t: Tensor, device: str) -> Tensor:
 def triton_interpreter() -> Iterator[None]:
     """Triton 3.6's interpreter takes loop ends from one-element arrays, which NumPy 2.4 no longer turns into ints.
 
-    It also patches the language anew for each function that a kernel calls, which takes most of its time.
+    It also patches the language anew for each function that a kernel calls, which takes most of its time. And 3.9's
+    takes no masks but of bools, where it spreads a bool as the integers that were compared.
     """
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -87,6 +88,12 @@ def triton_interpreter() -> Iterator[None]:
     def patched(tensor: Any, scope: Any, original: Callable[..., None] = interpreter._patch_lang_tensor) -> None:
         original(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    def create_splat(self: Any, shape: Any, arg: Any, splat: Any = interpreter.InterpreterBuilder.create_splat) -> Any:
+        spread = splat(self, shape, arg)
+        if arg.data.dtype == np.bool_:
+            spread.data = spread.data.astype(np.bool_)
+        return spread
 
     done: set[int] = set()  # modules whose view of the language is patched in the present launch
 
@@ -103,6 +110,7 @@ def triton_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_patch_lang_tensor", patched)
         patch.setattr(interpreter, "_patch_lang", patch_lang)
+        patch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
         yield
 
