@@ -1,0 +1,181 @@
+"""Many small parameters: checked and inverted together, and still each by its own name, with its own state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn import Parameter
+
+import constrained_ops as co
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _many
+
+OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
+
+
+def bounds(shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    lower = -torch.rand(shape)
+    return lower, torch.where(torch.rand(shape) < 0.3, torch.inf, lower + 3)
+
+
+SHAPES = [(3, 4), (4,), (2, 0, 4), (5, 4), (), (3, 4), (1, 4), (3, 2, 4)]
+FAMILIES: dict[str, Callable[[tuple[int, ...]], Any]] = {
+    "unit interval": lambda shape: constraints.unit_interval,
+    "greater than": lambda shape: constraints.greater_than(-1.0),
+    "exp": lambda shape: co.Positive(-0.5, kind="exp"),
+    "tensors": lambda shape: co.Bounded(*bounds(shape)),
+    "simplex": lambda shape: co.Simplex(-1),
+    "simplex, dim 0": lambda shape: co.Simplex(0),
+}
+
+
+def start(name: str, shape: tuple[int, ...]) -> Tensor:
+    if not name.startswith("simplex"):
+        return torch.rand(shape)
+    dim = 0 if name.endswith("0") else -1
+    return torch.softmax(torch.randn(shape), dim)
+
+
+def groups() -> list[dict[str, Any]]:
+    """One for each parameter, families mixed, in two dtypes."""
+    made = []
+    for shape in SHAPES:
+        for name, constraint in FAMILIES.items():
+            for dtype in (torch.float32, torch.bfloat16):
+                value = start(name, shape).to(dtype)
+                if name == "unit interval" and len(shape) == 2:
+                    value = value.t().contiguous().t()
+                made.append({"params": [Parameter(value)], "constraint": constraint(shape)})
+    return made
+
+
+def test_raws_are_what_each_alone_would_have() -> None:
+    together = groups()
+    starts = [group["params"][0].detach().clone() for group in together]
+    optimizer = ReparametrizedAdam(together, lr=0.0)
+    for group in together:
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+    optimizer.step()
+    for group, value in zip(optimizer.param_groups, starts, strict=True):
+        (p,) = group["params"]
+        alone = Parameter(value)
+        alone.grad = torch.ones_like(p)
+        single = ReparametrizedAdam([alone], lr=0.0, constraint=group["constraint"])
+        single.step()
+        raw = optimizer.state[p]["raw"]
+        torch.testing.assert_close(raw, single.state[alone]["raw"], atol=1e-6, rtol=1e-6)
+        assert raw.stride() == torch.empty_like(p).stride()
+
+
+@pytest.mark.parametrize("together", [_many.TOGETHER, 20, 1])
+def test_batches_of_any_size_give_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def raws() -> list[Tensor]:
+        torch.manual_seed(1)
+        params = [Parameter(torch.softmax(torch.randn(n + 1, 5), -1)) for n in range(9)]
+        optimizer = ReparametrizedAdam(params, constraint=constraints.simplex, lr=0.0)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        return [optimizer.state[p]["raw"] for p in params]
+
+    want = raws()
+    monkeypatch.setattr(_many, "TOGETHER", together)
+    torch.testing.assert_close(raws(), want, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_state_tensors_have_memory_of_their_own(kind: type[Any]) -> None:
+    """Saving, moving or freeing one must not carry the others along."""
+    params = [Parameter(torch.rand(4)) for _ in range(10)]
+    optimizer = kind(params, constraint=constraints.unit_interval, amsgrad=True)
+    for p in params:
+        p.grad = torch.ones(4)
+    optimizer.step()
+    tensors = [t for p in params for t in optimizer.state[p].values()]
+    assert all(t.untyped_storage().nbytes() == t.numel() * t.element_size() for t in tensors)
+    assert len({t.data_ptr() for t in tensors}) == len(tensors)
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_first_of_many_that_is_outside_is_named(kind: type[Any], name: str) -> None:
+    shapes = [(6, 4) if name == "simplex, dim 0" else (n + 1, 4) for n in range(40)]
+    starts = [start(name, shape) for shape in shapes]
+    starts[17].view(-1)[2], starts[30].view(-1)[3] = -7.5, torch.nan
+    made = [{"params": [(f"p{n}", Parameter(value))], "constraint": FAMILIES[name](tuple(value.shape))}
+            for n, value in enumerate(starts)]  # fmt: skip
+    with pytest.raises(ValueError, match=rf"^{kind.__name__}: parameter 0 \('p17'\) of group 17 must .*, got -7.5$"):
+        kind(made)
+    if name != "tensors":
+        params = [("good", Parameter(starts[0])), *((f"p{n}", Parameter(value)) for n, value in enumerate(starts))]
+        message = rf"^{kind.__name__}: parameter 18 \('p17'\) of group 0 must .*, got -7.5$"
+        with pytest.raises(ValueError, match=message):
+            kind(params, constraint=FAMILIES[name](()))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_written_among_many_gets_a_new_raw_and_the_others_keep_theirs(name: str) -> None:
+    shapes = [(6, 4)] * 30
+    params = [Parameter(start(name, shape)) for shape in shapes]
+    optimizer = ReparametrizedAdam([{"params": [p], "constraint": FAMILIES[name]((6, 4))} for p in params], lr=0.0)
+
+    def step() -> None:
+        for p in params:
+            p.grad = torch.zeros(6, 4)
+        optimizer.step()
+
+    step()
+    before = [optimizer.state[p]["raw"].clone() for p in params]
+    value = start(name, (6, 4))
+    with torch.no_grad():
+        params[11].copy_(value)
+    step()
+    for index, (p, raw) in enumerate(zip(params, before, strict=True)):
+        assert torch.equal(optimizer.state[p]["raw"], raw) == (index != 11)
+    torch.testing.assert_close(params[11].detach(), value)
+    with torch.no_grad():
+        params[29].fill_(-7.5)
+        params[5].copy_(value)
+    before = [t.clone() for p in params for t in (p, *optimizer.state[p].values())]
+    with pytest.raises(ValueError, match=r"^ReparametrizedAdam: parameter 0 of group 29 must .*, got -7.5$"):
+        step()
+    assert all(map(torch.equal, before, [t for p in params for t in (p, *optimizer.state[p].values())]))
+
+
+def test_a_write_after_a_step_that_was_skipped_is_noticed() -> None:
+    """A step that mixed precision skips writes nothing, and must not be counted as one."""
+    p = Parameter(torch.full((4,), 0.5, device="cpu"))
+    optimizer = ReparametrizedAdam([p], lr=0.0, constraint=constraints.unit_interval, capturable=True)
+    p.grad = torch.zeros(4)
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(1.0)
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(0.0)
+    with torch.no_grad():
+        p.fill_(0.75)
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((4,), 0.75))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("name", ["unit interval", "tensors", "simplex"])
+def test_thousands_of_tiny_parameters_take_no_seconds(kind: type[Any], name: str) -> None:
+    """To check and to invert: against what torch.optim.Adam takes for its construction and first step alone."""
+
+    def seconds(make: Callable[[list[Parameter]], Any]) -> float:
+        params = [Parameter(start(name, (4,))) for _ in range(400)]
+        for p in params:
+            p.grad = torch.ones(4)
+        begin = time.perf_counter()
+        make(params).step()
+        return time.perf_counter() - begin
+
+    constraint = FAMILIES[name]((4,))
+    ours, adam = lambda p: kind(p, constraint=constraint), lambda p: torch.optim.Adam(p, fused=True)
+    ratios = [seconds(ours) / seconds(adam) for _ in range(3)]
+    assert min(ratios) < 15
