@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _checks, _library
 from .._constraints import Record, SimplexOf, interpret
@@ -25,12 +25,19 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OWN = ("constraint", "metric", "state_dtype")
 _NOT_OURS = ("foreach", "fused", "differentiable")  # left by torch.optim.Adam in its state_dict
 
-_health_check: Callable[[Optimizer], None] = getattr(
-    Optimizer, "_accelerator_graph_capture_health_check", None
-) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009  (its name before torch 2.12)
+# Its name before torch 2.12 is the second. It warns of a capture without capturable.
+_health_check: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or getattr(Optimizer, "_cuda_graph_capture_health_check", None)
+    or (lambda optimizer: None)
+)
 
-
-_profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+# What the wrapper that torch.optim.Optimizer puts around step looks at, by names that are not public. With no hooks and
+# no profiler it does nothing, and takes as long as a small step itself. A torch without these names gets its wrapper.
+_torch = sys.modules[Optimizer.__module__]
+_profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_global_pre_hooks: Mapping[int, Any] = getattr(_torch, "_global_optimizer_pre_hooks", {0: "unknown"})
+_global_post_hooks: Mapping[int, Any] = getattr(_torch, "_global_optimizer_post_hooks", {0: "unknown"})
 
 
 class Binding(NamedTuple):
@@ -65,10 +72,13 @@ class ConstrainedAdam(Optimizer):
             ValueError: a parameter was moved out of its constraint (``ReparametrizedAdam``), or its state has another
                 shape. All of this before anything is written.
         """
-        # The wrapper that torch.optim.Optimizer puts around step takes as long as a small step itself: without hooks
-        # and profiler it does nothing.
-        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
-        if _profiler_enabled() or any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        if (
+            _profiler_enabled()
+            or getattr(self, "_optimizer_step_pre_hooks", True)
+            or getattr(self, "_optimizer_step_post_hooks", True)
+            or _global_pre_hooks
+            or _global_post_hooks
+        ) and not _is_watched(type(self).step):
             return self._watched_step(*([] if closure is None else [closure]))
         return self._unwatched_step(closure)
 
@@ -339,6 +349,15 @@ class ConstrainedAdam(Optimizer):
             if name in saved:
                 dtype = compute_dtype(p.dtype) if name == "raw" else self._state_dtype(i, j)
                 state[name] = saved[name].detach().to(device=p.device, dtype=dtype, copy=True)
+
+
+def _is_watched(step: Any) -> bool:
+    """Whether torch.optim.Optimizer's wrapper, as it puts one around the step of a subclass, is around this one."""
+    while step is not None:
+        if getattr(step, "__code__", None) is ConstrainedAdam._watched_step.__code__:
+            return True
+        step = getattr(step, "__wrapped__", None)
+    return False
 
 
 def _hyper(group: dict[str, Any]) -> Hyper:
