@@ -58,6 +58,7 @@ class ConstrainedAdam(Optimizer):
         self._prepared: Prepared | None = None
         self._bindings: dict[Tensor, Binding] = {}
         self._loading: dict[str, Any] | None = None
+        self._in_graphs: list[Any] = []  # see Plan
         self._positions: list[tuple[int, int]] = []  # (group, parameter) of each slot
         super().__init__(params, defaults)
 
@@ -110,6 +111,11 @@ class ConstrainedAdam(Optimizer):
     @torch.no_grad()
     def _prepare(self) -> tuple[Prepared, list[Tensor]]:
         """Look at everything, and make plans for what has a gradient. State is written only if all is well."""
+        if self._capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: the first step, and one after which anything but values has changed, cannot "
+                "be captured in a CUDA graph; take a step like it before"
+            )
         bindings: dict[Tensor, Binding] = {}
         places: list[tuple[int, int]] = []
         dtypes: list[torch.dtype] = []
@@ -143,6 +149,10 @@ class ConstrainedAdam(Optimizer):
         self._positions = places
         self._prepared = Prepared(self, params, slots)
         return self._prepared, [local_grad(p, p.grad) for p in params]
+
+    def _capturing(self) -> bool:
+        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     @torch.no_grad()
     def _reconcile(self, prepared: Prepared) -> None:
@@ -322,6 +332,7 @@ class ConstrainedAdam(Optimizer):
         own = [{key: group[key] for key in OWN if key in group} for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._prepared, self._bindings = None, {}
+        self.__dict__.setdefault("_in_graphs", [])
         loading = self.__dict__.setdefault("_loading", None)
         if loading is None:
             return

@@ -55,6 +55,8 @@ class Hyper(NamedTuple):
 class Plan(Protocol):
     """One launch: all parameters of an optimizer on one device, of one dtype and one state dtype."""
 
+    in_graphs: list[Any]  # what captured graphs read of this plan: to be set to a list that outlives them
+
     def __init__(self, slots: Sequence[Slot]) -> None: ...
 
     def run(
@@ -131,10 +133,12 @@ class Prepared:
     parameters a line of Python for each would cost more than the step itself.
     """
 
-    def __init__(self, optimizer: Optimizer, params: list[Tensor], slots: list[Slot]) -> None:
+    def __init__(self, optimizer: Any, params: list[Tensor], slots: list[Slot]) -> None:
         groups, state = optimizer.param_groups, optimizer.state
         self.slots = slots
         self.launches = launches(slots)
+        for launch in self.launches:
+            launch.plan.in_graphs = optimizer._in_graphs
         self.backend = _library._backend
         self.structure = list(map(_structure, groups))
         self.all_params = list(chain.from_iterable(map(_params, groups)))
