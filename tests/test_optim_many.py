@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_ops as co
 from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _many
@@ -72,20 +73,70 @@ def test_raws_are_what_each_alone_would_have() -> None:
         assert raw.stride() == torch.empty_like(p).stride()
 
 
-@pytest.mark.parametrize("together", [_many.TOGETHER, 20, 1])
-def test_batches_of_any_size_give_the_same(together: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", FAMILIES)
+def test_batches_of_any_size_give_the_same(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(6, 4), (6, 9), (6, 1), (6, 4)]
+    starts, given = [start(name, shape) for shape in shapes], [FAMILIES[name](shape) for shape in shapes]
+    others = [start(name, shape) for shape in shapes]
+
     def raws() -> list[Tensor]:
-        torch.manual_seed(1)
-        params = [Parameter(torch.softmax(torch.randn(n + 1, 5), -1)) for n in range(9)]
-        optimizer = ReparametrizedAdam(params, constraint=constraints.simplex, lr=0.0)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        optimizer.step()
-        return [optimizer.state[p]["raw"] for p in params]
+        """After a first step, and another one before which somebody wrote to some elements or rows."""
+        params = [Parameter(value.clone()) for value in starts]
+        groups = [{"params": [p], "constraint": c} for p, c in zip(params, given, strict=True)]
+        optimizer = ReparametrizedAdam(groups, lr=0.0)
+        found = []
+        for written in ((slice(0, 0),), (slice(None), -1) if name == "simplex, dim 0" else (2,)):
+            with torch.no_grad():
+                for p, other in zip(params, others, strict=True):
+                    p[written] = other[written]
+            for p in params:
+                p.grad = torch.zeros_like(p)
+            optimizer.step()
+            found += [optimizer.state[p]["raw"].clone() for p in params]
+        return found
 
     want = raws()
-    monkeypatch.setattr(_many, "TOGETHER", together)
-    torch.testing.assert_close(raws(), want, atol=1e-6, rtol=1e-6)
+    for together in (20, 7, 1):
+        monkeypatch.setattr(_many, "TOGETHER", together)
+        torch.testing.assert_close(raws(), want, atol=1e-6, rtol=1e-6)
+
+
+class Sizes(TorchDispatchMode):
+    """The sizes of the memory that operators allocate, by its address: the last tensors there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for t in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(t, Tensor) and not t.is_meta:
+                storage = t.untyped_storage()
+                self.largest[storage.data_ptr()] = storage.nbytes()
+        return result
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_first_step_and_one_after_a_write_need_no_memory_that_grows(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beyond the state. A simplex along another dimension than the last is copied, to and fro."""
+    monkeypatch.setattr(_many, "TOGETHER", 64)
+    p = Parameter(start(name, (64, 64)))
+    p.grad = torch.zeros_like(p)
+    constraint = FAMILIES[name]((64, 64))
+    bounds = [constraint.lower, constraint.upper] if name == "tensors" else []
+    optimizer = ReparametrizedAdam([p], constraint=constraint)
+    for write in (False, True):
+        if write:
+            with torch.no_grad():
+                p.copy_(start(name, (64, 64)))
+        with Sizes() as sizes:
+            optimizer.step()
+        known = {t.data_ptr() for t in (p, p.grad, *bounds, *optimizer.state[p].values())}
+        large = [size for at, size in sizes.largest.items() if at not in known and size > 4 * 64]
+        assert len(large) <= write + 2 * (name == "simplex, dim 0"), large  # the new raw, before it takes its place
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
