@@ -31,8 +31,7 @@ def scalar_bounds(op: str, raw: Tensor, lower: float, upper: float, name: str = 
     """Check raw and two floats between which its dtype must have a number. From the second time on, one look-up."""
     if is_compiling():  # bounds may be symbols here, for which every comparison is a guard
         floating(op, raw, name)
-        if not lower < upper:
-            raise ValueError(f"{op}: lower must be less than upper, got lower={lower} and upper={upper}")
+        _in_order(op, lower, upper)
         return
     try:
         if (lower, upper, raw.dtype) in _accepted:
@@ -43,12 +42,16 @@ def scalar_bounds(op: str, raw: Tensor, lower: float, upper: float, name: str = 
     for argument, value in (("lower", lower), ("upper", upper)):
         if not isinstance(value, (int, float)):
             raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(value).__name__}")
-    if not lower < upper:  # a NaN is caught here as well
-        raise ValueError(f"{op}: lower must be less than upper, got lower={lower} and upper={upper}")
+    _in_order(op, lower, upper)
     _check_room(op, raw.dtype, lower, upper)
     if len(_accepted) >= 4096:  # bounds that change at every call must not grow it for ever
         _accepted.clear()
     _accepted.add((lower, upper, raw.dtype))
+
+
+def _in_order(op: str, lower: float, upper: float) -> None:
+    if not lower < upper:  # a NaN is caught here as well
+        raise ValueError(f"{op}: lower must be less than upper, got lower={lower} and upper={upper}")
 
 
 def _check_room(op: str, dtype: torch.dtype, lower: float, upper: float) -> None:
@@ -79,6 +82,9 @@ def ordered(op: str, lower: Bound, upper: Bound) -> None:
             raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
         if isinstance(bound, Tensor) and (bound.is_complex() or bound.dtype == torch.bool):
             raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
+    if not isinstance(lower, Tensor) and not isinstance(upper, Tensor):
+        _in_order(op, lower, upper)
+        return
     if any(isinstance(bound, Tensor) and bound.is_meta for bound in (lower, upper)):
         return
     with real_tensors():
@@ -88,9 +94,8 @@ def ordered(op: str, lower: Bound, upper: Bound) -> None:
         except RuntimeError:
             shapes = f"{tuple(below.shape)} and {tuple(above.shape)}"
             raise ValueError(f"{op}: lower and upper must broadcast to one shape, got {shapes}") from None
-        if (wrong := ~(below < above)).any():  # a NaN is caught here as well
-            pair = f"lower={below[wrong][0].item()} and upper={above[wrong][0].item()}"
-            raise ValueError(f"{op}: lower must be less than upper, got {pair}")
+        if (wrong := ~(below < above)).any():
+            _in_order(op, below[wrong][0].item(), above[wrong][0].item())
 
 
 def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

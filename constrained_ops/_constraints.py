@@ -6,6 +6,7 @@ it. :func:`interpret` makes one of what a user gives, ``on`` fits it to a parame
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass, replace
 from typing import Any
@@ -45,32 +46,30 @@ class Box:
         """The bounds rounded to the nearest numbers of ``dtype``, as ``torch.clamp_`` takes them."""
 
         def rounded(bound: Bound) -> Bound:
-            if isinstance(bound, Tensor):
-                return bound.to(dtype).to(bound.dtype)
-            with _checks.real_tensors():
-                return torch.tensor(bound, dtype=torch.float64).to(dtype).item()
+            return bound.to(dtype).to(bound.dtype) if isinstance(bound, Tensor) else _rounded(bound, dtype)
 
         return replace(self, lower=rounded(self.lower), upper=rounded(self.upper))
 
     def check(self, where: str, x: Tensor) -> None:
         """ValueError if an element is outside by more than a rounding error, or NaN."""
-        if self._clearly_holds(x):
+        if self.holds(x):
             return
         lower, upper = self._tensors(x)
-        outside = _checks.into(x, lower, upper).isnan()
-        if outside.any():
-            y = x.to(lower.dtype)
-            beyond = torch.maximum(lower - y, y - upper).nan_to_num(nan=math.inf)
-            worst = int(torch.where(outside, beyond, -math.inf).argmax())
-            low, high, value = (t.reshape(-1)[worst].item() for t in (lower, upper, x))
-            raise ValueError(f"{where} must lie in [{low}, {high}], got {value}")
+        y = x.to(lower.dtype)
+        beyond = torch.maximum(lower - y, y - upper).nan_to_num(nan=math.inf)
+        worst = int(torch.where(_checks.into(x, lower, upper).isnan(), beyond, -math.inf).argmax())
+        low, high, value = (t.reshape(-1)[worst].item() for t in (lower, upper, x))
+        raise ValueError(f"{where} must lie in [{low}, {high}], got {value}")
 
-    def _clearly_holds(self, x: Tensor) -> bool:
-        """Cheaply, for programs with thousands of parameters: no is no answer."""
-        if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor) or x.numel() == 0:
-            return False
-        smallest, largest = torch.aminmax(x)
-        return self.lower <= smallest.item() and largest.item() <= self.upper  # a NaN is neither
+    def holds(self, x: Tensor) -> bool:
+        """Whether :meth:`check` has nothing to say."""
+        if x.numel() == 0:
+            return True
+        if not isinstance(self.lower, Tensor) and not isinstance(self.upper, Tensor):
+            smallest, largest = torch.aminmax(x)
+            if self.lower <= smallest.item() and largest.item() <= self.upper:  # a NaN is neither
+                return True
+        return not _checks.into(x, *self._tensors(x)).isnan().any()
 
     def project(self, y: Tensor, weight: Tensor | None) -> Tensor:
         lower: Any = self.lower  # torch types its overloads, and either kind of bound will do
@@ -123,18 +122,27 @@ class SimplexOf:
 
     def check(self, where: str, x: Tensor) -> None:
         """ValueError if an element is negative, or a sum not the total, by more than a rounding error, or NaN."""
+        wrong = self._wrong(x)
+        if wrong is not None:
+            raise ValueError(f"{where} must be non-negative and sum to {self.total} along dim {self.dim}, got {wrong}")
+
+    def holds(self, x: Tensor) -> bool:
+        """Whether :meth:`check` has nothing to say."""
+        return self._wrong(x) is None
+
+    def _wrong(self, x: Tensor) -> str | None:
         if x.numel() == 0:
-            return
+            return None
         eps = torch.finfo(x.dtype).eps
         y = x.to(compute_dtype(x.dtype))
-        must = f"{where} must be non-negative and sum to {self.total} along dim {self.dim}"
         if not (smallest := y.amin().item()) >= -eps * self.total:
-            raise ValueError(f"{must}, got {smallest}")
+            return str(smallest)
         error = (y.sum(self.dim) if y.dim() else y) - self.total
         # Rounding moves a sum by at most eps/2; the rest is for sums that were taken carelessly.
-        if not error.abs().amax().item() <= max(1e-5, 8 * eps) * self.total:
-            worst = error.reshape(-1)[error.abs().argmax()].item() + self.total
-            raise ValueError(f"{must}, got a sum of {worst:.6g}")
+        if error.abs().amax().item() <= max(1e-5, 8 * eps) * self.total:
+            return None
+        worst = error.reshape(-1)[error.abs().argmax()].item() + self.total
+        return f"a sum of {worst:.6g}"
 
     def project(self, y: Tensor, weight: Tensor | None) -> Tensor:
         """The nearest point, in the metric of ``weight`` where there is one."""
@@ -161,6 +169,12 @@ class SimplexOf:
 
 
 Record = Box | SimplexOf
+
+
+@functools.lru_cache(maxsize=4096)
+def _rounded(bound: float, dtype: torch.dtype) -> float:
+    with _checks.real_tensors():
+        return torch.tensor(bound, dtype=torch.float64).to(dtype).item()
 
 
 class ConstraintModule(nn.Module):

@@ -108,7 +108,9 @@ _library = torch.library.Library(NAMESPACE, "DEF")
 _library.define(STEP)
 
 
-profiler_enabled: Callable[[], bool] = torch.autograd._profiler_enabled  # type: ignore[attr-defined]
+# Names that are not public, for speed; without them what is.
+profiler_enabled: Callable[[], bool] = getattr(torch.autograd, "_profiler_enabled", lambda: True)
+_range: Callable[[str], Any] = getattr(torch._C._profiler, "_RecordFunctionFast", torch.profiler.record_function)
 
 
 def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,7 +119,7 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any) -> Any:
         if not profiler_enabled():
             return function(*args)
-        with torch._C._profiler._RecordFunctionFast(name):
+        with _range(name):
             return function(*args)
 
     return run

@@ -263,16 +263,50 @@ def test_graph_of_training(kind: type[Any]) -> None:
     assert {optimizer.state[p]["step"].item() for p in params} == {9.0}
 
 
-def test_a_graph_outlives_its_optimizer() -> None:
-    p = Parameter(torch.full((1000,), 0.5))
+def test_a_graph_outlives_the_plan_that_it_was_captured_from() -> None:
+    p = Parameter(torch.full((40, 25), 0.5))
     p.grad = torch.ones_like(p)
-    graph, _ = captured(ProjectedAdam([p], lr=0.01, constraint=constraints.unit_interval, capturable=True).step)
-    rubbish = [torch.full((64,), math.nan) for _ in range(1000)]  # where its tables were, had they gone with it
+    optimizer = ProjectedAdam([p], lr=0.01, constraint=constraints.unit_interval, capturable=True)
+    graph, _ = captured(optimizer.step)
+    grad, p.grad = p.grad, torch.ones(25, 40).t()  # another layout, and so another plan
+    optimizer.step()
+    rubbish = [torch.full((64,), math.nan) for _ in range(1000)]  # where the first one's tables were, had they gone
     before = p.detach().clone()
     graph.replay()
     torch.cuda.synchronize()
-    assert len(rubbish) == 1000
+    assert len(rubbish) == 1000 and grad is not p.grad
     torch.testing.assert_close(p.detach(), before - 0.01, rtol=0, atol=1e-4)
+
+
+def test_several_graphs_of_one_optimizer() -> None:
+    """Captured one after the other, with no step in between, each with gradients of its own."""
+    p = Parameter(torch.full((1000,), 0.5))
+    grads = [torch.full((1000,), sign) for sign in (1.0, -1.0, 1.0)]
+    optimizer = ProjectedAdam([p], lr=0.01, betas=(0.0, 0.0), constraint=constraints.unit_interval, capturable=True)
+    graphs = []
+    for _ in range(3):
+        p.grad = grads[0]
+        optimizer.step()
+    for grad in grads:
+        p.grad = grad
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graphs.append(graph)
+    start = p.detach().clone()
+    for graph in graphs:
+        graph.replay()
+    torch.cuda.synchronize()
+    torch.testing.assert_close(p.detach(), start - 0.01, rtol=0, atol=1e-4)
+
+
+def test_a_first_step_is_not_captured() -> None:
+    p = Parameter(torch.full((1000,), 0.5))
+    p.grad = torch.ones_like(p)
+    optimizer = ProjectedAdam([p], constraint=constraints.unit_interval, capturable=True)
+    with pytest.raises(RuntimeError, match="cannot be captured"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        optimizer.step()
+    assert not optimizer.state
 
 
 # --- Several devices --------------------------------------------------------------------------------------------------

@@ -302,9 +302,11 @@ def test_overlapping_parameters_are_refused_before_anything_changes() -> None:
     p = Parameter(torch.zeros(1).expand(5))
     optimizer = ProjectedAdam([p], constraint=constraints.unit_interval)
     p.grad = torch.ones(5)
-    with pytest.raises(RuntimeError, match=r"parameter of shape .* overlaps itself in memory"):
+    message = r"^ProjectedAdam: parameter 0 of group 0, of shape \(5,\), overlaps itself in memory$"
+    with pytest.raises(RuntimeError, match=message):
         optimizer.step()
     assert p[0] == 0
+    assert not optimizer.state
 
 
 @pytest.mark.parametrize("kind", [ProjectedAdam, ReparametrizedAdam])
@@ -318,6 +320,7 @@ def test_steps_count_as_writes(kind: type[Any]) -> None:
             p.grad = torch.ones_like(p)
         optimizer.step()
         assert [p._version for p in params] == [version + step for version in before]
+        assert not optimizer._prepared.any_written_by_others()
         assert not optimizer._prepared.written_by_others()
 
 

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .. import _checks, _library
 from .._constraints import Record, SimplexOf, interpret
 from .._library import compute_dtype
+from . import _many
 from ._plans import Hyper, Prepared, Slot, plan_class
 from ._sharding import is_sharded, like, local, local_grad, shard
 
@@ -24,16 +25,26 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 OWN = ("constraint", "metric", "state_dtype")
 _NOT_OURS = ("foreach", "fused", "differentiable")  # left by torch.optim.Adam in its state_dict
 
-_health_check: Callable[[Optimizer], None] = getattr(
-    Optimizer, "_accelerator_graph_capture_health_check", None
-) or getattr(Optimizer, "_cuda_graph_capture_health_check")  # noqa: B009  (its name before torch 2.12)
+# Its name before torch 2.12 is the second. It warns of a capture without capturable.
+_health_check: Callable[[Optimizer], None] = (
+    getattr(Optimizer, "_accelerator_graph_capture_health_check", None)
+    or getattr(Optimizer, "_cuda_graph_capture_health_check", None)
+    or (lambda optimizer: None)
+)
+
+# What the wrapper that torch.optim.Optimizer puts around step looks at, by names that are not public, beside profilers.
+# With no hooks and no profiler it does nothing, and takes as long as a small step itself. A torch without these names
+# gets its wrapper.
+_torch = sys.modules[Optimizer.__module__]
+_global_pre_hooks: Mapping[int, Any] = getattr(_torch, "_global_optimizer_pre_hooks", {0: "unknown"})
+_global_post_hooks: Mapping[int, Any] = getattr(_torch, "_global_optimizer_post_hooks", {0: "unknown"})
 
 
 class Binding(NamedTuple):
     """A constraint fitted to a parameter, and what it was made from."""
 
     given: Any
-    fitted_to: tuple[torch.dtype, torch.device, torch.Size]
+    fitted_to: tuple[Any, ...]  # dtype, device and shape; of a DTensor mesh and placements as well
     record: Record | None
 
 
@@ -47,6 +58,7 @@ class ConstrainedAdam(Optimizer):
         self._prepared: Prepared | None = None
         self._bindings: dict[Tensor, Binding] = {}
         self._loading: dict[str, Any] | None = None
+        self._in_graphs: list[Any] = []  # see Plan
         self._positions: list[tuple[int, int]] = []  # (group, parameter) of each slot
         super().__init__(params, defaults)
 
@@ -61,10 +73,13 @@ class ConstrainedAdam(Optimizer):
             ValueError: a parameter was moved out of its constraint (``ReparametrizedAdam``), or its state has another
                 shape. All of this before anything is written.
         """
-        # The wrapper that torch.optim.Optimizer puts around step takes as long as a small step itself: without hooks
-        # and profiler it does nothing.
-        hooks = (self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks)
-        if _library.profiler_enabled() or any(hooks) or _global_optimizer_pre_hooks or _global_optimizer_post_hooks:
+        if (
+            _library.profiler_enabled()
+            or getattr(self, "_optimizer_step_pre_hooks", True)
+            or getattr(self, "_optimizer_step_post_hooks", True)
+            or _global_pre_hooks
+            or _global_post_hooks
+        ) and not _is_watched(type(self).step):
             return self._watched_step(*([] if closure is None else [closure]))
         return self._unwatched_step(closure)
 
@@ -86,7 +101,7 @@ class ConstrainedAdam(Optimizer):
         grads = None if prepared is None else prepared.gradients(self)
         if prepared is None or grads is None:
             prepared, grads = self._prepare()
-        elif prepared.written_by_others():
+        elif prepared.any_written_by_others():
             self._reconcile(prepared)
         prepared.run(grads, list(map(_hyper, groups)), getattr(self, "grad_scale", None), found_inf)
         return loss
@@ -96,68 +111,79 @@ class ConstrainedAdam(Optimizer):
     @torch.no_grad()
     def _prepare(self) -> tuple[Prepared, list[Tensor]]:
         """Look at everything, and make plans for what has a gradient. State is written only if all is well."""
+        if self._capturing():
+            raise RuntimeError(
+                f"{type(self).__name__}: the first step, and one after which anything but values has changed, cannot "
+                "be captured in a CUDA graph; take a step like it before"
+            )
         bindings: dict[Tensor, Binding] = {}
-        pending: list[tuple[int, int, Record | None, torch.dtype]] = []
+        places: list[tuple[int, int]] = []
+        dtypes: list[torch.dtype] = []
         for i, group in enumerate(self.param_groups):
+            fitted = self._bind(i)
+            bindings.update(zip(group["params"], fitted, strict=True))
             for j, p in enumerate(group["params"]):
-                bindings[p] = self._bind(i, j)
                 if p.grad is not None:
                     plan_class(p.device.type, _library._backend)
+                    self._check_memory(i, j)
                     self._check_grad(i, j)
                     self._check_state(i, j)
-                    pending.append((i, j, bindings[p].record, self._state_dtype(i, j)))
+                    places.append((i, j))
+                    dtypes.append(self._state_dtype(i, j))
+        params = [self._param(i, j) for i, j in places]
+        records = [bindings[p].record for p in params]
         in_force = {} if self._prepared is None else self._prepared.raws_in_force()
-        raws = []
-        for i, j, record, _ in pending:
-            p = self._param(i, j)
+        doubtful = []
+        for index, (p, record) in enumerate(zip(params, records, strict=True)):
             constraint, raw = in_force.get(p, (None, None))
-            holds = raw is not None and constraint is record and self.state.get(p, {}).get("raw") is raw
-            raws.append(None if holds else self._renewed_raw(i, j, record))
+            if raw is None or constraint is not record or self.state.get(p, {}).get("raw") is not raw:
+                doubtful.append(index)
+        renewed = self._renewed_raws([places[index] for index in doubtful], [records[index] for index in doubtful])
+        raws = {doubtful[index]: raw for index, raw in renewed.items()}
 
         self._bindings = bindings
-        slots = [self._slot(*each, raw) for each, raw in zip(pending, raws, strict=True)]
-        params = [self._param(i, j) for i, j, *_ in pending]
-        self._positions = [(i, j) for i, j, *_ in pending]
+        slots = [
+            self._slot(*place, record, dtype, raws.get(index))
+            for index, (place, record, dtype) in enumerate(zip(places, records, dtypes, strict=True))
+        ]
+        self._positions = places
         self._prepared = Prepared(self, params, slots)
         return self._prepared, [local_grad(p, p.grad) for p in params]
+
+    def _capturing(self) -> bool:
+        on_cuda = any(p.is_cuda for group in self.param_groups for p in group["params"])
+        return on_cuda and torch.cuda.is_current_stream_capturing()
 
     @torch.no_grad()
     def _reconcile(self, prepared: Prepared) -> None:
         """Somebody wrote to a parameter: derive anew what its raw can no longer say."""
-        raws = [
-            self._renewed_raw(i, j, slot.constraint)
-            for (i, j), slot in zip(self._positions, prepared.slots, strict=True)
-        ]
-        for slot, raw in zip(prepared.slots, raws, strict=True):
-            if slot.raw is not None and raw is not None:
-                slot.raw.copy_(raw)
+        written = prepared.written_by_others()
+        slots = [prepared.slots[index] for index in written]
+        renewed = self._renewed_raws([self._positions[index] for index in written], [s.constraint for s in slots])
+        for index, raw in renewed.items():
+            kept = slots[index].raw
+            assert kept is not None
+            kept.copy_(raw)
         prepared.accept()
 
-    def _renewed_raw(self, i: int, j: int, record: Record | None) -> Tensor | None:
-        """The raw of a parameter that has none yet, or whose raw does not lead to it. ValueError if none does.
-
-        Elements that agree with their raw keep it, so that loading a checkpoint in whatever order loses nothing.
-        """
-        if record is None or not self._reparametrized:
-            return None
-        p = self._param(i, j)
-        part = local(p)
-        raw = self.state.get(p, {}).get("raw")
-        if raw is None:
-            record.check(self._where(i, j), part)
-            return record.inverse(part)
-        raw = local(raw)
-        kept = record.made_by(raw, part)
-        if kept.all():
-            return None
-        record.check(self._where(i, j), part)
-        return torch.where(kept, raw, record.inverse(part))
+    def _renewed_raws(self, places: list[tuple[int, int]], records: list[Record | None]) -> dict[int, Tensor]:
+        """Of those parameters whose raw is to be derived anew, by index. Loading in whatever order loses no digit."""
+        if not self._reparametrized:
+            return {}
+        params = [self._param(i, j) for i, j in places]
+        raws = [self.state.get(p, {}).get("raw") for p in params]
+        return _many.renewed(
+            lambda index: self._where(*places[index]),
+            records,
+            [None if raw is None else local(raw) for raw in raws],
+            list(map(local, params)),
+        )
 
     def _slot(self, i: int, j: int, record: Record | None, dtype: torch.dtype, raw: Tensor | None) -> Slot:
         group = self.param_groups[i]
         p = group["params"][j]
         state = self.state[p]
-        state["step"] = _step_counter(group, p, state.get("step", 0.0))
+        state["step"] = _step_counter(group, p, state.get("step"))
         for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
             state[name] = _laid_out(p, state[name], dtype) if name in state else torch.zeros_like(p, dtype=dtype)
         if raw is not None:
@@ -193,33 +219,53 @@ class ConstrainedAdam(Optimizer):
 
     @torch.no_grad()
     def _check_group(self, i: int) -> None:
-        group = self.param_groups[i]
-        _check_options(type(self).__name__, i, group)
-        for j, p in enumerate(group["params"]):
-            _checks.floating(type(self).__name__, p, self._label(i, j))
+        op, group = type(self).__name__, self.param_groups[i]
+        _check_options(op, i, group)
+        params = group["params"]
+        first_of: dict[torch.dtype, int] = {}
+        for j, p in enumerate(params):
+            first_of.setdefault(p.dtype, j)
+        for j in first_of.values():
+            _checks.floating(op, params[j], self._label(i, j))
             self._state_dtype(i, j)
-            binding = self._bindings[p] = self._bind(i, j)
-            if binding.record is not None and not p.is_meta:
-                binding.record.check(self._where(i, j), local(p))
+        bindings = self._bind(i)
+        records = [None if p.is_meta else binding.record for p, binding in zip(params, bindings, strict=True)]
+        _many.check(lambda j: self._where(i, j), records, list(map(local, params)))
+        self._bindings.update(zip(params, bindings, strict=True))
 
-    def _bind(self, i: int, j: int) -> Binding:
+    def _bind(self, i: int) -> list[Binding]:
+        """The constraint of a group, fitted to each of its parameters. Those that are alike share it."""
         group = self.param_groups[i]
-        p, given = group["params"][j], group["constraint"]
-        fitted_to = (p.dtype, p.device, p.shape)
-        known = self._bindings.get(p)
-        if known is not None and known.given is given and known.fitted_to == fitted_to:
-            return known
-        op = type(self).__name__
+        given = group["constraint"]
+        alike: dict[tuple[Any, ...], Binding] = {}
+        bindings = []
+        for j, p in enumerate(group["params"]):
+            kind = (p.dtype, p.device, p.shape, *((p.device_mesh, p.placements) if is_sharded(p) else ()))
+            binding = self._bindings.get(p)
+            if binding is None or binding.given is not given or binding.fitted_to != kind:
+                binding = alike.get(kind)
+            if binding is None:
+                binding = alike[kind] = Binding(given, kind, self._fitted(given, i, j))
+            bindings.append(binding)
+        return bindings
+
+    def _fitted(self, given: Any, i: int, j: int) -> Record | None:
+        op, p = type(self).__name__, self._param(i, j)
         record = interpret(op, given)
-        if record is not None:
-            if self._reparametrized and isinstance(record, SimplexOf) and record.kind != "softmax":
-                raise NotImplementedError(
-                    f'{self._where(i, j)}: only the simplex of kind "softmax" is supported, got kind "{record.kind}"'
-                )
-            record = record.on(op, p, self._label(i, j))
-            record = record if self._reparametrized else record.closed(p.dtype)
-            record = shard(self._where(i, j), p, record)
-        return Binding(given, fitted_to, record)
+        if record is None:
+            return None
+        if self._reparametrized and isinstance(record, SimplexOf) and record.kind != "softmax":
+            raise NotImplementedError(
+                f'{self._where(i, j)}: only the simplex of kind "softmax" is supported, got kind "{record.kind}"'
+            )
+        record = record.on(op, p, self._label(i, j))
+        record = record if self._reparametrized else record.closed(p.dtype)
+        return shard(self._where(i, j), p, record)
+
+    def _check_memory(self, i: int, j: int) -> None:
+        part = local(self._param(i, j))
+        if any(size > 1 and not stride for size, stride in zip(part.shape, part.stride(), strict=True)):
+            raise RuntimeError(f"{self._where(i, j)}, of shape {tuple(part.shape)}, overlaps itself in memory")
 
     def _check_grad(self, i: int, j: int) -> None:
         p = self._param(i, j)
@@ -286,6 +332,7 @@ class ConstrainedAdam(Optimizer):
         own = [{key: group[key] for key in OWN if key in group} for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._prepared, self._bindings = None, {}
+        self.__dict__.setdefault("_in_graphs", [])
         loading = self.__dict__.setdefault("_loading", None)
         if loading is None:
             return
@@ -315,6 +362,15 @@ class ConstrainedAdam(Optimizer):
                 state[name] = saved[name].detach().to(device=p.device, dtype=dtype, copy=True)
 
 
+def _is_watched(step: Any) -> bool:
+    """Whether torch.optim.Optimizer's wrapper, as it puts one around the step of a subclass, is around this one."""
+    while step is not None:
+        if getattr(step, "__code__", None) is ConstrainedAdam._watched_step.__code__:
+            return True
+        step = getattr(step, "__wrapped__", None)
+    return False
+
+
 def _hyper(group: dict[str, Any]) -> Hyper:
     lr = group["lr"]
     if isinstance(lr, Tensor) and not group["capturable"]:
@@ -334,8 +390,10 @@ def _hyper(group: dict[str, Any]) -> Hyper:
 
 
 def _step_counter(group: dict[str, Any], p: Tensor, value: Any) -> Tensor:
-    device = p.device if group["capturable"] else "cpu"
-    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == torch.device(device):
+    device = p.device if group["capturable"] else torch.device("cpu")
+    if value is None:
+        return torch.zeros((), dtype=torch.float32, device=device)
+    if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == device:
         return value
     return torch.as_tensor(value, dtype=torch.float32, device=device)
 

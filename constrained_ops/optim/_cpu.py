@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ class CpuPlan:
 
     A gradient in another layout is copied first, a parameter with gaps before and after.
     """
+
+    in_graphs: list[Any]
 
     def __init__(self, slots: Sequence[Slot]) -> None:
         first = slots[0]

@@ -55,6 +55,8 @@ class Hyper(NamedTuple):
 class Plan(Protocol):
     """One launch: all parameters of an optimizer on one device, of one dtype and one state dtype."""
 
+    in_graphs: list[Any]  # what captured graphs read of this plan: to be set to a list that outlives them
+
     def __init__(self, slots: Sequence[Slot]) -> None: ...
 
     def run(
@@ -113,9 +115,6 @@ class Launch(NamedTuple):
 
 def launches(slots: Sequence[Slot]) -> list[Launch]:
     """One plan per device, dtype and state dtype."""
-    for slot in slots:
-        if any(size > 1 and not stride for size, stride in zip(slot.param.shape, slot.param.stride(), strict=True)):
-            raise RuntimeError(f"a parameter of shape {tuple(slot.param.shape)} overlaps itself in memory")
     kinds: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
     for index, slot in enumerate(slots):
         kinds.setdefault((slot.param.device, slot.param.dtype, slot.exp_avg.dtype), []).append(index)
@@ -139,10 +138,12 @@ class Prepared:
     parameters a line of Python for each would cost more than the step itself.
     """
 
-    def __init__(self, optimizer: Optimizer, params: list[Tensor], slots: list[Slot]) -> None:
+    def __init__(self, optimizer: Any, params: list[Tensor], slots: list[Slot]) -> None:
         groups, state = optimizer.param_groups, optimizer.state
         self.slots = slots
         self.launches = launches(slots)
+        for launch in self.launches:
+            launch.plan.in_graphs = optimizer._in_graphs
         self.backend = _library._backend
         self.structure = list(map(_structure, groups))
         self.all_params = list(chain.from_iterable(map(_params, groups)))
@@ -158,8 +159,9 @@ class Prepared:
         self.pointers = list(map(Tensor.data_ptr, self.parts))
         self.dtypes = [slot.param.dtype for slot in slots]
         self.grad_strides = [slot.grad_stride for slot in slots]
-        self.transformed = [slot.param for slot in slots if slot.raw is not None]
-        self.versions = self._versions()
+        self.with_raw = [index for index, slot in enumerate(slots) if slot.raw is not None]
+        self.transformed = [slots[index].param for index in self.with_raw]
+        self.accept()
 
     def gradients(self, optimizer: Optimizer) -> list[Tensor] | None:
         """The gradients of this step, one per slot; ``None`` if something is no longer what it was."""
@@ -189,19 +191,26 @@ class Prepared:
             return None
         return grads
 
-    def written_by_others(self) -> bool:
+    def any_written_by_others(self) -> bool:
         """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
-        return self._versions() != self.versions
+        return sum(map(_version, self.transformed)) != self.versions  # they only ever grow: one sum tells
+
+    def written_by_others(self) -> list[int]:
+        """The indices of their slots."""
+        found = zip(self.transformed, self.accepted, self.with_raw, strict=True)
+        return [index for p, version, index in found if p._version != version + self.steps]
 
     def raws_in_force(self) -> dict[Tensor, tuple[Record | None, Tensor]]:
         """Constraint and raw, as the state has it, of parameters whose raw is known to lead to them."""
-        if self.written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
+        if self.any_written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
             return {}
         known = zip(self.params, self.slots, self.raws, strict=True)
         return {p: (slot.constraint, raw) for p, slot, raw in known if raw is not None}
 
     def accept(self) -> None:
-        self.versions = self._versions()
+        self.accepted = list(map(_version, self.transformed))
+        self.versions = sum(self.accepted)
+        self.steps = 0  # since then
 
     def run(self, grads: list[Tensor], hyper: list[Hyper], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for plan, device, indices in self.launches:
@@ -211,10 +220,11 @@ class Prepared:
             if found_inf is not None:
                 found_inf = found_inf.to(device)
             plan.run(own, hyper, grad_scale, found_inf)
-        self.versions += len(self.transformed)
-
-    def _versions(self) -> int:
-        return sum(map(_version, self.transformed))  # they only ever grow: one sum tells
+        if found_inf is None:
+            self.versions += len(self.transformed)
+            self.steps += 1
+        else:  # a plan that skipped the step wrote nothing
+            self.accept()
 
 
 def _same_objects(some: list[Any], others: list[Any]) -> bool:

@@ -31,6 +31,8 @@ FLOOR = 1e-3
 class ReferencePlan:
     """A :class:`._plans.Plan`. Needs memory of the size of its largest parameter."""
 
+    in_graphs: list[Any]
+
     def __init__(self, slots: Sequence[Slot]) -> None:
         self.slots = slots
 

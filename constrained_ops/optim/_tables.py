@@ -2,8 +2,10 @@
 
 The tables are 8-byte words. From step to step they stay, and only what changed is sent again: gradients that moved,
 hyperparameters, and step counters that somebody else wrote to. In the steady state a step is one launch and no copy.
-The kernel counts steps itself, on counters of the plan's own where the optimizer's are on the CPU, so that a captured
-CUDA graph needs nothing from here.
+The kernel counts steps itself, on counters of the plan's own where the optimizer's are on the CPU.
+
+A captured CUDA graph reads memory of its plan in every replay. Nobody says when a graph is gone, and a plan goes when
+another is made; so this memory goes with the optimizer, which has to outlive its graphs for its state's sake anyway.
 """
 
 from __future__ import annotations
@@ -43,8 +45,7 @@ THREADS = 256  # of a block, step_threads of csrc/cuda/step.cuh
 WAVES = 16  # work items per multiprocessor, where there is work for so many
 
 
-# What captured graphs read in every replay. Nobody says when a graph is gone, and a plan may go long before.
-_in_graphs: list[Any] = []
+CAPTURES = 8  # of CUDA graphs, in a row, for which there is pinned memory: allocating it meanwhile may be refused
 
 
 class Tables(NamedTuple):
@@ -109,8 +110,10 @@ class TablePlan(ABC):
         self._grads: list[int] = []  # addresses in the present step
         self._known_grads: list[int] | None = None  # in the table
         self._known_groups: bytes | None = None
-        capturable = self.device.type == "cuda" and len(elsewhere) < len(slots)
-        self._staging = _pinned(len(slots) + self._groups * GROUP_WORDS) if capturable else None
+        self.in_graphs: list[Any] = []
+        self._capturable = len(elsewhere) < len(slots)
+        self._staging: list[Tensor] = []
+        self._stock()
 
     @property
     def aligned(self) -> bool:
@@ -160,6 +163,7 @@ class TablePlan(ABC):
         """The tables with these gradients and hyperparameters."""
         if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return self._capture(grads, groups)
+        self._stock()
         if groups != self._known_groups:
             words = _words(groups).view(-1, GROUP_WORDS).tolist()
             self._tables.groups.copy_(_host(words, torch.int64, self.device), non_blocking=True)
@@ -170,13 +174,20 @@ class TablePlan(ABC):
         return self._tables
 
     def _capture(self, grads: list[int], groups: bytes) -> Tables:
-        """Tables of the graph's own: it copies them anew in each replay, from host memory that is never changed."""
+        """Tables of the graph's own: it copies them anew in each replay, from host memory that is never changed.
+
+        On the device they are the graph's, as everything that is allocated during a capture.
+        """
         words = torch.cat([torch.tensor(grads, dtype=torch.int64, device="cpu"), _words(groups)])
-        staging, self._staging = self._staging, None
-        staging = (_pinned(words.numel()) if staging is None else staging).copy_(words)
+        staging = (self._staging.pop() if self._staging else _pinned(1, words.numel())[0]).copy_(words)
+        self.in_graphs.append((staging, self._tables, self._kept, self._gaps, self._device_steps))
         table = staging.to(self.device, non_blocking=True)
-        _in_graphs.append((staging, table, self._tables, self._kept, self._gaps, self._device_steps))
         return self._tables._replace(grads=table[: len(grads)], groups=table[len(grads) :].view(-1, GROUP_WORDS))
+
+    def _stock(self) -> None:
+        """Host memory for captures to come. One that has been read by a graph is the graph's for good."""
+        if self._capturable and not self._staging:
+            self._staging = list(_pinned(CAPTURES, len(self.slots) + self._groups * GROUP_WORDS))
 
     # --- The tables --------------------------------------------------------------------------------------------------
 
@@ -309,8 +320,8 @@ def _host(values: list[int] | list[float] | list[list[int]], dtype: torch.dtype,
     return torch.tensor(values, dtype=dtype, device="cpu", pin_memory=device.type == "cuda")
 
 
-def _pinned(numel: int) -> Tensor:
-    return torch.empty(numel, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
+def _pinned(*shape: int) -> Tensor:
+    return torch.empty(shape, dtype=torch.int64, device="cpu", pin_memory=torch.cuda.is_available())
 
 
 def _power_of_two(n: int) -> int:

@@ -34,6 +34,9 @@ class ProjectedAdam(ConstrainedAdam):
         metric: "adam", or "euclidean" for the nearest point in the plain sense. They differ on the simplex only.
         state_dtype: dtype of the moments of float16 and bfloat16 parameters: torch.float32 (default), or their own.
 
+    With ``capturable`` a step can be captured in a CUDA graph, after one like it that was not. The graph reads memory
+    of the optimizer in every replay: keep the optimizer, its state and the parameters as long as the graph.
+
     Raises:
         TypeError: a parameter is not floating-point, or what was given is no constraint.
         NotImplementedError: the constraint is not supported.

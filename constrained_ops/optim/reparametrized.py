@@ -30,6 +30,9 @@ class ReparametrizedAdam(ConstrainedAdam):
             (``constrained_ops.Positive(kind="exp")`` the exponential), the simplex softmax. ``None`` means Adam.
         state_dtype: dtype of the moments of float16 and bfloat16 parameters: torch.float32 (default), or their own.
 
+    With ``capturable`` a step can be captured in a CUDA graph, after one like it that was not. The graph reads memory
+    of the optimizer in every replay: keep the optimizer, its state and the parameters as long as the graph.
+
     Raises:
         TypeError, NotImplementedError, ValueError: as :class:`ProjectedAdam`.
     """

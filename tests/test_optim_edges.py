@@ -1,0 +1,337 @@
+"""What is easily got wrong at the edges of an optimizer: input that turns bad later, memory between the elements of a
+view, gradients that are shared or expanded, nothing to do, state from elsewhere, and how many launches there are."""
+
+from __future__ import annotations
+
+import io
+import re
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.nn import Parameter
+from torch.optim import lr_scheduler
+
+import constrained_ops as co
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
+
+pytestmark = pytest.mark.usefixtures("backend")
+
+OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
+UNIT = constraints.unit_interval
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"betas": (0.8, 0.95), "eps": 1e-3},
+    {"weight_decay": 0.1},
+    {"weight_decay": 0.1, "decoupled_weight_decay": True},
+    {"amsgrad": True, "betas": (0.9, 0.9)},
+    {"maximize": True, "capturable": True},
+]
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def kind(request: pytest.FixtureRequest) -> type[Any]:
+    return request.param
+
+
+def constraint_of(name: str, columns: int = 4) -> Any:
+    upper = torch.arange(columns) + 1.0
+    return {
+        "none": None,
+        "interval": UNIT,
+        "lower": constraints.positive,
+        "tensors": co.Bounded(torch.zeros(columns), torch.where(upper == 2, torch.inf, upper)),
+        "simplex": constraints.simplex,
+        "simplex, dim 0": co.Simplex(0),
+    }[name]
+
+
+NAMES = ["none", "interval", "lower", "tensors", "simplex", "simplex, dim 0"]
+
+
+def start(name: str, *shape: int) -> Tensor:
+    return torch.softmax(torch.randn(shape), 0 if name.endswith("0") else -1)
+
+
+def everything(optimizer: Any, *more: Tensor) -> list[Tensor]:
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    return [t.detach().clone() for p in params for t in (p, *optimizer.state.get(p, {}).values())] + [
+        t.clone() for t in more
+    ]
+
+
+def same(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(map(torch.equal, some, others))
+
+
+# --- Against torch.optim.Adam itself ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: " ".join(options) or "plain")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_a_box_is_adam_and_clamp_with_every_option(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """50 steps of torch.optim.Adam and ``clamp_``, bounds by element among them."""
+    bounds: list[tuple[Any, Any]] = [(0.0, 1.0), (0.25, None), (torch.zeros(4), torch.arange(4) / 4 + 0.25)]
+    given = [constraints.interval(0.0, 1.0), constraints.greater_than(0.25), constraints.interval(*bounds[2])]
+    starts = [torch.rand(3, 4).to(dtype).clamp(0.25, 0.25) for _ in bounds]
+    ours = [{"params": [Parameter(s.clone())], "constraint": c} for s, c in zip(starts, given, strict=True)]
+    theirs = [Parameter(s.clone()) for s in starts]
+    more = {key: value for key, value in options.items() if key != "capturable"}
+    optimizer, adam = ProjectedAdam(ours, lr=0.05, **options), torch.optim.Adam(theirs, lr=0.05, **more)
+    for _ in range(50):
+        for group, q in zip(ours, theirs, strict=True):
+            q.grad = (torch.randn(3, 4) * torch.logspace(-2, 1, 4)).to(dtype)
+            group["params"][0].grad = q.grad.clone()  # type: ignore[index]
+        optimizer.step()
+        adam.step()
+        for group, q, (lower, upper) in zip(ours, theirs, bounds, strict=True):
+            with torch.no_grad():
+                q.clamp_(lower, upper)
+            tolerance = 1e-5 if dtype == torch.float32 else 1e-13
+            torch.testing.assert_close(group["params"][0], q, atol=tolerance, rtol=tolerance)  # type: ignore[index]
+
+
+def loaded(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_state_goes_to_adam_and_comes_back_with_a_constraint_too(kind: type[Any], name: str) -> None:
+    """Moments and counts are taken over; raw, of which Adam knows nothing, is derived anew where it is missing."""
+    p = Parameter(start(name, 4, 4))
+    ours = kind([p], lr=0.01, constraint=constraint_of(name))
+    for _ in range(3):
+        p.grad = torch.randn(4, 4)
+        ours.step()
+    q = Parameter(p.detach().clone())
+    adam = torch.optim.Adam([q])
+    adam.load_state_dict(loaded(ours.state_dict()))
+    for key in ("step", "exp_avg", "exp_avg_sq"):
+        assert torch.equal(adam.state[q][key], ours.state[p][key])
+    assert adam.param_groups[0]["lr"] == 0.01
+    q.grad = torch.randn(4, 4)
+    adam.step()
+    with torch.no_grad():
+        q.copy_(p)
+    state = adam.state_dict()
+    state["state"][0].pop("raw", None)
+    back = kind([q], lr=0.5, constraint=constraint_of(name))
+    back.load_state_dict(loaded(state))
+    ours.load_state_dict(loaded(state))
+    for each, leaf in ((back, q), (ours, p)):
+        leaf.grad = torch.ones(4, 4)
+        each.step()
+    assert ours.state[p]["step"] == back.state[q]["step"] == 5
+    torch.testing.assert_close(p, q)
+
+
+def test_a_tensor_as_learning_rate_is_scheduled(kind: type[Any]) -> None:
+    """Schedules write into the tensor."""
+    leaves = [Parameter(torch.full((4,), 0.5)) for _ in range(2)]
+    optimizers = [kind([p], lr=lr, constraint=UNIT) for p, lr in zip(leaves, (torch.tensor(0.1), 0.1), strict=True)]
+    schedules = [lr_scheduler.ExponentialLR(optimizer, 0.5) for optimizer in optimizers]
+    for _ in range(4):
+        for p, optimizer, schedule in zip(leaves, optimizers, schedules, strict=True):
+            p.grad = torch.ones(4)
+            optimizer.step()
+            schedule.step()
+    assert float(optimizers[0].param_groups[0]["lr"]) == pytest.approx(0.1 / 16)
+    torch.testing.assert_close(*leaves)
+
+
+# --- One launch -------------------------------------------------------------------------------------------------------
+
+
+def test_one_launch_for_each_dtype(kind: type[Any]) -> None:
+    """Of all groups, constraints, options, sizes and layouts."""
+    groups: list[dict[str, Any]] = []
+    for i in range(200):
+        name, dtype = NAMES[i % 6], [torch.float32, torch.bfloat16][i % 2]
+        value = start(name, 4 + i % 3, 4).to(dtype)
+        value = torch.zeros(0, 4, dtype=dtype) if i % 50 == 7 and "0" not in name else value
+        p = Parameter(value if i % 4 else value.t().contiguous().t())
+        p.grad = torch.ones_like(p)
+        groups.append({"params": [p], "constraint": constraint_of(name), "lr": i * 1e-4, "amsgrad": i % 7 == 0})
+    optimizer = kind(groups)
+    for _ in range(2):
+        optimizer.step()
+        assert sorted(len(launch.indices) for launch in optimizer._prepared.launches) == [100, 100]
+
+
+# --- Nothing to do ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_group_with_lr_zero_beside_one_without(kind: type[Any], name: str) -> None:
+    still, moving = (Parameter(start(name, 4, 4)) for _ in range(2))
+    before = still.detach().clone()
+    groups = [{"params": [still], "lr": 0.0}, {"params": [moving], "lr": 0.1}]
+    optimizer = kind(groups, constraint=constraint_of(name), weight_decay=0.1, decoupled_weight_decay=True)
+    for _ in range(5):
+        for p in (still, moving):
+            p.grad = torch.randn(4, 4)
+        optimizer.step()
+    rounding = 0 if kind is ProjectedAdam and "simplex" not in name else 2e-6
+    torch.testing.assert_close(still.detach(), before, atol=rounding, rtol=0)
+    assert not torch.equal(moving, before)
+    assert (optimizer.state[still]["exp_avg"] != 0).all()
+
+
+def test_what_is_frozen_has_no_state_and_does_not_move(kind: type[Any]) -> None:
+    frozen, p, unused = (Parameter(torch.full((3,), 0.5)) for _ in range(3))
+    frozen.requires_grad_(False)
+    optimizer = kind([frozen, p, unused], constraint=UNIT)
+    (p.sum() + frozen.sum()).backward()
+    optimizer.step()
+    assert set(optimizer.state) == {p}
+    assert (frozen == 0.5).all() and (unused == 0.5).all() and (p < 0.5).all()
+    frozen.requires_grad_()
+    optimizer.zero_grad()
+    (p.sum() + frozen.sum()).backward()
+    optimizer.step()
+    assert [float(optimizer.state[each]["step"]) for each in (frozen, p)] == [1, 2]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("name", ["tensors", "simplex"])
+def test_tensors_without_elements_under_every_constraint(kind: type[Any], name: str, place: int) -> None:
+    full, alone = ([Parameter(torch.full((3, 4), 0.25)) for _ in range(2)] for _ in range(2))
+    empty = Parameter(torch.zeros(0, 4))
+    mixed = [*full[:place], empty, *full[place:]]
+    ours, theirs = (kind(each, lr=0.1, amsgrad=True, constraint=constraint_of(name)) for each in (mixed, alone))
+    for t in range(4):
+        for p, q in zip(full, alone, strict=True):
+            p.grad = torch.randn(3, 4)
+            q.grad = p.grad.clone()
+        empty.grad = None if t == 1 else torch.zeros(0, 4)
+        ours.step()
+        theirs.step()
+    assert all(map(torch.equal, full, alone))
+    assert ours.state[empty]["step"] == 3 and ours.state[empty]["exp_avg"].shape == (0, 4)
+    fresh = kind(mixed, constraint=constraint_of(name))
+    fresh.load_state_dict(loaded(ours.state_dict()))
+
+
+# --- Memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_not_a_bit_between_the_elements_of_a_view_changes(kind: type[Any], name: str, dtype: torch.dtype) -> None:
+    """Rows and columns of one matrix, of two optimizers, with NaN in between."""
+    memory = torch.full((11, 13), torch.nan, dtype=dtype)
+    views = [memory[1:9:2, 2:12:3], memory[2:10:2, 3:13:3]]
+    for view in views:
+        view.copy_(start(name, 4, 4))
+    params = [Parameter(view) for view in views]
+    inside = torch.zeros(11, 13, dtype=torch.bool)
+    inside[1:9:2, 2:12:3] = inside[2:10:2, 3:13:3] = True
+    dense = [Parameter(p.detach().clone(memory_format=torch.contiguous_format)) for p in params]
+    optimizers = [[kind([p], lr=0.01, constraint=constraint_of(name)) for p in each] for each in (params, dense)]
+    for t in range(3):
+        for p, q, one, other in zip(params, dense, *optimizers, strict=True):
+            wide = torch.randn(4, 8, dtype=dtype)
+            p.grad = wide[:, ::2] if t else wide[:1, :1].expand(4, 4)
+            q.grad = p.grad.clone(memory_format=torch.contiguous_format)
+            one.step()
+            other.step()
+    assert memory[~inside].isnan().all()
+    assert all(p.data_ptr() == view.data_ptr() for p, view in zip(params, views, strict=True))
+    for p, q in zip(params, dense, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=0)
+
+
+def test_a_gradient_is_not_written_to(kind: type[Any]) -> None:
+    """Also where several parameters have one and the same, in whatever layout, and where it is scaled."""
+    shared = torch.randn(4, 8)
+    before = shared.clone()
+    params = [Parameter(torch.full((4, 4), 0.5)) for _ in range(3)]
+    params[0].grad, params[1].grad, params[2].grad = shared[:, ::2], shared[:, ::2], shared[:1, :1].expand(4, 4)
+    optimizer = kind(params, lr=0.1, weight_decay=0.1, maximize=True, constraint=UNIT)
+    optimizer.grad_scale = torch.tensor(4.0)
+    for _ in range(2):
+        optimizer.step()
+    assert torch.equal(shared, before)
+    assert torch.equal(params[0], params[1])
+
+
+# --- Input that turns bad between two steps ---------------------------------------------------------------------------
+
+BAD: list[tuple[Any, type[Exception], str]] = [
+    (constraints.interval(1.0, 0.0), ValueError, "lower must be less than upper, got lower=1.0 and upper=0.0"),
+    (constraints.interval(float("nan"), 1.0), ValueError, "lower must be less than upper, got lower=nan and upper=1.0"),
+    (lambda: constraints.interval(torch.zeros(3), 1.0), ValueError,
+     "lower must broadcast to the shape of parameter 0 of group 1; "
+     "lower has shape (3,), parameter 0 of group 1 (2, 4)"),
+    (lambda: constraints.interval(torch.zeros(4, device="meta"), 1.0), ValueError, "lower is on meta, "),
+    (co.Simplex(2), IndexError, "dim must be from -2 to 1 for parameter 0 of group 1 of shape (2, 4), got 2"),
+    (constraints.lower_cholesky, NotImplementedError, "constraint LowerCholesky() is not supported; "),
+    ("positive", TypeError, "constraint must be an object of torch.distributions.constraints, got str"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", range(len(BAD)), ids=lambda case: BAD[case][1].__name__ + str(case))
+def test_a_constraint_that_turns_bad_changes_nothing(kind: type[Any], case: int) -> None:
+    given, error, message = BAD[case]
+    given = given() if isinstance(given, type(lambda: None)) else given
+    p, q = Parameter(torch.full((3,), 0.5)), Parameter(torch.full((2, 4), 0.25))
+    optimizer = kind([{"params": [p]}, {"params": [q]}], constraint=UNIT)
+
+    def step() -> None:
+        for leaf in (p, q):
+            leaf.grad = torch.ones_like(leaf)
+        optimizer.step()
+
+    step()
+    before = everything(optimizer)
+    optimizer.param_groups[1]["constraint"] = given
+
+    def expected(group: int) -> str:
+        return f"^{kind.__name__}: {re.escape(message.replace('group 1', f'group {group}'))}"
+
+    for _ in range(2):
+        with pytest.raises(error, match=expected(1)):
+            step()
+        assert same(before, everything(optimizer))
+    with pytest.raises(error, match=expected(2)):
+        optimizer.add_param_group({"params": [Parameter(torch.full((2, 4), 0.25))], "constraint": given})
+    assert len(optimizer.param_groups) == 2 and same(before, everything(optimizer))
+    optimizer.param_groups[1]["constraint"] = UNIT
+    step()
+    assert optimizer.state[q]["step"] == 2
+
+
+def test_a_parameter_that_turns_complex_or_sparse_changes_nothing(kind: type[Any]) -> None:
+    p, q = Parameter(torch.full((3,), 0.5)), Parameter(torch.full((4,), 0.5))
+    optimizer = kind([p], constraint=UNIT)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    before = everything(optimizer)
+    for bad, error, message in (
+        (torch.ones(3, dtype=torch.complex64), TypeError, "must be float16, bfloat16, float32 or float64, got torch.c"),
+        (torch.tensor([0.5, 1.5]), ValueError, r"must lie in \[0.0, 1.0\], got 1.5$"),
+    ):
+        with pytest.raises(error, match=rf"^{kind.__name__}: parameter 1 of group 1 {message}"):
+            optimizer.add_param_group({"params": [q, Parameter(bad)]})
+        assert len(optimizer.param_groups) == 1 and same(before, everything(optimizer))
+    optimizer.add_param_group({"params": [q], "constraint": constraints.positive})
+    p.grad, q.grad = torch.ones(3), torch.ones(4)
+    optimizer.step()
+    assert optimizer.state[q]["step"] == 1
+
+
+def test_a_projected_parameter_that_others_moved_outside_comes_back() -> None:
+    """Nothing is remembered of it, and so it is no error, as with ``clamp_``."""
+    p = Parameter(torch.full((3,), 0.5))
+    optimizer = ProjectedAdam([p], lr=0.1, constraint=UNIT)
+    p.grad = torch.ones(3)
+    optimizer.step()
+    with torch.no_grad():
+        p.copy_(torch.tensor([-3.0, 0.5, 7.0]))
+    optimizer.step()
+    assert p[0] == 0 and 0.3 < p[1] < 0.5 and p[2] == 1
