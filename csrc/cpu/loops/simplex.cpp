@@ -1,5 +1,5 @@
-// Softmax along rows of [outer, length, inner], three ways, see RowUnits; and tiles of rows that follow each other are
-// better done in registers where rows are of a length for that.
+// Softmax along rows of [outer, length, inner], three ways, see RowUnits. Tiles of rows that follow each other are
+// better done in registers where rows are of a length for that; long rows, too few side by side, are gathered first.
 #include <memory>
 
 #include "of_dtype.h"
