@@ -63,8 +63,17 @@ struct RowUnits {
   }
 };
 
+constexpr int64_t fewest_lanes = 8;  // that softmax takes side by side where they lie
+
 inline RowUnits softmax_units(const RowLayout& layout) {
-  return {layout, layout.inner % RowUnits::lanes != 0 ? 64 : 0};
+  const auto [outer, length, inner] = layout;
+  // Neighbours that are too few make a tile with those of other outer indices, of a length for the second-level cache.
+  RowUnits units(layout, inner >= fewest_lanes ? 0 : inner > 1 && outer * inner >= fewest_lanes ? 512 : 64);
+  if (units.way == RowUnits::columns && inner >= fewest_lanes) {  // the last unit takes over what is less than that
+    units.per_outer = (inner - fewest_lanes) / RowUnits::lanes + 1;
+    units.count = outer * units.per_outer;
+  }
+  return units;
 }
 
 inline RowUnits projection_units(const RowLayout& layout, bool forward) {

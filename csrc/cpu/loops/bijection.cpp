@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "bijection_rows.h"
+#include "of_dtype.h"
 #include "tiles.h"
 
 namespace constrained_ops::CO_LEVEL {
@@ -128,16 +129,7 @@ void run(const BijectionCall& call, int64_t begin, int64_t end) {
 
 template <typename Kind, Kernel kernel>
 BijectionLoop pick_dtype(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::half:
-      return run<Kind, kernel, Half>;
-    case Dtype::bfloat16:
-      return run<Kind, kernel, BFloat16>;
-    case Dtype::float32:
-      return run<Kind, kernel, float>;
-    default:
-      return run<Kind, kernel, double>;
-  }
+  return of_dtype(dtype, []<typename Storage>() -> BijectionLoop { return run<Kind, kernel, Storage>; });
 }
 
 template <typename Kind>

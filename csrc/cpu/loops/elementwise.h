@@ -7,6 +7,7 @@
 
 #include "../../math/elementwise.h"
 #include "../loops.h"
+#include "of_dtype.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -208,16 +209,8 @@ ElementwiseLoop pick_program(Kernel kernel) {
 
 template <typename Map, typename FiniteMap, bool by_element>
 ElementwiseLoop pick_loop(Kernel kernel, Dtype dtype) {
-  switch (dtype) {
-    case Dtype::half:
-      return pick_program<Half, Map, FiniteMap, by_element>(kernel);
-    case Dtype::bfloat16:
-      return pick_program<BFloat16, Map, FiniteMap, by_element>(kernel);
-    case Dtype::float32:
-      return pick_program<float, Map, FiniteMap, by_element>(kernel);
-    default:
-      return pick_program<double, Map, FiniteMap, by_element>(kernel);
-  }
+  return of_dtype(dtype,
+                  [kernel]<typename Storage>() { return pick_program<Storage, Map, FiniteMap, by_element>(kernel); });
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // The projection onto the simplex along rows of [outer, length, inner], three ways; see RowUnits.
 #include <memory>
 
+#include "of_dtype.h"
 #include "projection_rows.h"
 #include "projection_sorted.h"
 #include "tiles.h"
@@ -240,16 +241,7 @@ void run(const ProjectionCall& call, int64_t begin, int64_t end) {
 
 template <typename Rows>
 ProjectionLoop pick_loop(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::half:
-      return run<Rows, Half>;
-    case Dtype::bfloat16:
-      return run<Rows, BFloat16>;
-    case Dtype::float32:
-      return run<Rows, float>;
-    default:
-      return run<Rows, double>;
-  }
+  return of_dtype(dtype, []<typename Storage>() -> ProjectionLoop { return run<Rows, Storage>; });
 }
 
 }  // namespace

@@ -1,7 +1,8 @@
-// Softmax along rows of [outer, length, inner], three ways, see RowUnits; and tiles of rows that follow each other are
-// better done in registers where rows are of a length for that.
+// Softmax along rows of [outer, length, inner], three ways, see RowUnits. Tiles of rows that follow each other are
+// better done in registers where rows are of a length for that; long rows, too few side by side, are gathered first.
 #include <memory>
 
+#include "of_dtype.h"
 #include "simplex_blocks.h"
 #include "simplex_columns.h"
 #include "simplex_rows.h"
@@ -19,9 +20,10 @@ struct ForwardRows {
   static void blocks(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out) {
     blocks_forward<Block>(count, length, smallest, in[0], out[0]);
   }
-  template <int64_t lanes, typename Storage, typename T>
-  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
-    columns_forward<lanes>(length, stride, smallest, in[0], out[0]);
+  template <int64_t lanes, bool tiled, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out,
+                      T* const* tiles) {
+    columns_forward<lanes, tiled>(length, stride, smallest, in, out, tiles);
   }
   template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
@@ -36,9 +38,10 @@ struct BackwardRows {
   static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
     blocks_backward<given, Block>(count, length, in[0], in[1], out[0]);
   }
-  template <int64_t lanes, typename Storage, typename T>
-  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
-    columns_backward<lanes, given>(length, stride, smallest, in[0], in[1], out[0]);
+  template <int64_t lanes, bool tiled, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out,
+                      T* const* tiles) {
+    columns_backward<lanes, tiled, given>(length, stride, smallest, in, out, tiles);
   }
   template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
@@ -51,15 +54,27 @@ struct DoubleBackwardRows {
   static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
     blocks_double_backward<Block>(count, length, in[0], in[1], in[2], out[0], out[1]);
   }
-  template <int64_t lanes, typename Storage, typename T>
-  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out) {
-    columns_double_backward<lanes>(length, stride, smallest, in[0], in[1], in[2], out[0], out[1]);
+  template <int64_t lanes, bool tiled, typename Storage, typename T>
+  static void columns(int64_t length, int64_t stride, T smallest, const Storage* const* in, Storage* const* out,
+                      T* const* tiles) {
+    columns_double_backward<lanes, tiled>(length, stride, smallest, in, out, tiles);
   }
   template <Weights kept, typename Storage, typename T>
   static void rows(int rows, int64_t length, const Storage* const* in, Storage* const* out, T* weights, T smallest) {
     rows_double_backward<kept>(rows, length, in, out, weights, smallest);
   }
 };
+
+// Tiles for columns, in a cache of the second level: longer ones would not stay there, and steps of few bytes need
+// none.
+template <typename Rows>
+constexpr int column_tiles = std::max(Rows::inputs, 2);  // of forward one for the weights
+template <typename T>
+bool column_tiles_help(const RowLayout& layout) {
+  constexpr int64_t largest = 256 << 10, smallest = 64 << 10;
+  const int64_t step = layout.length * sizeof(T);
+  return step * RowUnits::lanes <= largest && step * layout.inner > smallest;
+}
 
 // The operands of a call from an element on.
 template <typename Rows, typename Storage>
@@ -112,13 +127,13 @@ void run_tiles(const RowCall& call, const RowUnits& units, int64_t begin, int64_
   const int64_t length = call.layout.length;
   const Tiles<T> tiles(Rows::inputs + Rows::outputs, length);
   const T* in[Rows::inputs];
-  T* out[Rows::outputs];
+  T *out[Rows::outputs], *const none[column_tiles<Rows>] = {};
   for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
   for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::inputs + i) : nullptr;
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
-    Rows::template columns<tiles.lanes>(length, tiles.lanes, next_above<Storage>(T(0)), in, out);
+    Rows::template columns<tiles.lanes, false>(length, tiles.lanes, next_above<Storage>(T(0)), in, out, none);
     for (int i = 0; i < Rows::outputs; ++i)
       if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
   }
@@ -146,23 +161,55 @@ void run_rows(const RowCall& call, const RowUnits& units, int64_t begin, int64_t
   }
 }
 
-// Rows that lie side by side.
+// Rows that lie side by side: units of `lanes`, the last of an outer index of at least `fewest_lanes`, up to so many
+// more. What does not fill a unit goes by fewer lanes, at the end some of them twice.
 template <typename Rows, typename Storage>
 void run_columns(const RowCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const auto [outer, length, inner] = call.layout;
   const T smallest = next_above<Storage>(T(0));
+  const bool tiled = column_tiles_help<T>(call.layout);
+  const Tiles<T> memory(column_tiles<Rows>, length, tiled ? units.lanes : fewest_lanes);
+  T* tiles[column_tiles<Rows>];
+  for (int i = 0; i < column_tiles<Rows>; ++i) tiles[i] = memory.at(i);
   for (int64_t unit = begin; unit < end; ++unit) {
-    int64_t lane = unit % units.per_outer * units.lanes;
-    for (const int64_t last = std::min(inner, lane + units.lanes); lane < last;) {
+    const int64_t in_outer = unit % units.per_outer,
+                  last = in_outer + 1 < units.per_outer ? (in_outer + 1) * units.lanes : inner;
+    for (int64_t lane = in_outer * units.lanes; lane < last;) {
+      const bool whole = last - lane >= units.lanes;
+      if (!whole) lane = std::min(lane, last - fewest_lanes);
       const Pointers<Rows, Storage> at(call, unit / units.per_outer * length * inner + lane);
-      const int64_t rest = last - lane;
-      const auto run = rest == units.lanes ? Rows::template columns<units.lanes, Storage, T>
-                       : rest >= 8         ? Rows::template columns<8, Storage, T>
-                                           : Rows::template columns<1, Storage, T>;
-      run(length, inner, smallest, at.in, at.out);
-      lane += rest == units.lanes ? units.lanes : rest >= 8 ? 8 : 1;
+      const auto run = !whole  ? Rows::template columns<fewest_lanes, true, Storage, T>
+                       : tiled ? Rows::template columns<units.lanes, true, Storage, T>
+                               : Rows::template columns<units.lanes, false, Storage, T>;
+      run(length, inner, smallest, at.in, at.out, tiles);
+      lane += whole ? units.lanes : fewest_lanes;
     }
+  }
+}
+
+// Long rows, too few side by side for a vector: brought to where they lie one after the other.
+template <typename Rows, typename Storage>
+void run_gathered(const RowCall& call, const RowUnits&, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const auto [outer, length, inner] = call.layout;
+  const int64_t n = length * inner;
+  const std::unique_ptr<T[]> memory(new T[(Rows::inputs + Rows::outputs) * n]);
+  const T* in[Rows::inputs];
+  T *out[Rows::outputs], *weights = nullptr;
+  for (int i = 0; i < Rows::outputs; ++i) {
+    out[i] = call.outputs[i] ? memory.get() + (Rows::inputs + i) * n : nullptr;
+    if (out[i]) weights = out[i];
+  }
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Pointers<Rows, Storage> at(call, unit * n);
+    for (int i = 0; i < Rows::inputs; ++i) {
+      in[i] = memory.get() + i * n;
+      transpose(at.in[i], inner, memory.get() + i * n, length, length, inner);
+    }
+    Rows::template rows<Weights::kept>(static_cast<int>(inner), length, in, out, weights, next_above<Storage>(T(0)));
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i]) transpose(out[i], length, at.out[i], inner, inner, length);
   }
 }
 
@@ -173,24 +220,16 @@ void run(const RowCall& call, int64_t begin, int64_t end) {
     const auto kernel = pick_blocks<Rows, compute_t<Storage>>(call.layout.length);
     if (kernel.run) return run_blocks<Rows, Storage>(call, kernel, begin, end);
   }
-  const auto loop = units.way == RowUnits::tiles  ? run_tiles<Rows, Storage>
-                    : units.way == RowUnits::rows ? run_rows<Rows, Storage>
-                                                  : run_columns<Rows, Storage>;
+  const auto loop = units.way == RowUnits::tiles       ? run_tiles<Rows, Storage>
+                    : units.way == RowUnits::rows      ? run_rows<Rows, Storage>
+                    : call.layout.inner < fewest_lanes ? run_gathered<Rows, Storage>
+                                                       : run_columns<Rows, Storage>;
   loop(call, units, begin, end);
 }
 
 template <typename Rows>
 RowLoop pick_loop(Dtype dtype) {
-  switch (dtype) {
-    case Dtype::half:
-      return run<Rows, Half>;
-    case Dtype::bfloat16:
-      return run<Rows, BFloat16>;
-    case Dtype::float32:
-      return run<Rows, float>;
-    default:
-      return run<Rows, double>;
-  }
+  return of_dtype(dtype, []<typename Storage>() -> RowLoop { return run<Rows, Storage>; });
 }
 
 }  // namespace

@@ -1,4 +1,5 @@
 // The step of an optimizer on one parameter.
+#include "of_dtype.h"
 #include "step_elements.h"
 #include "step_rows.h"
 
@@ -18,16 +19,9 @@ void step(const StepSlot& slot, const void* grads, const StepNumbers& numbers, i
 }  // namespace
 
 StepLoop step_loop(Dtype dtype, Dtype state) {
-  switch (dtype) {
-    case Dtype::half:
-      return state == dtype ? step<Half, Half> : step<Half, float>;
-    case Dtype::bfloat16:
-      return state == dtype ? step<BFloat16, BFloat16> : step<BFloat16, float>;
-    case Dtype::float32:
-      return step<float, float>;
-    default:
-      return step<double, double>;
-  }
+  return of_dtype(dtype, [=]<typename Storage>() -> StepLoop {
+    return state == dtype ? step<Storage, Storage> : step<Storage, compute_t<Storage>>;
+  });
 }
 
 }  // namespace constrained_ops::CO_LEVEL

@@ -15,8 +15,12 @@ class Tiles {
  public:
   static constexpr int64_t lanes = RowUnits::lanes;
 
-  Tiles(int count, int64_t length)
-      : apart_(length * lanes + line), memory_(new T[count * apart_ + line]()), first_(memory_.get()) {
+  // Of zeros, since rows may not fill all lanes; or, of another `width`, of anything.
+  Tiles(int count, int64_t length) : Tiles(count, length, lanes) {
+    std::fill(first_, first_ + (count - 1) * apart_ + length * lanes, T(0));
+  }
+  Tiles(int count, int64_t length, int64_t width)
+      : apart_(length * width + line), memory_(new T[count * apart_ + line]), first_(memory_.get()) {
     first_ += (line - reinterpret_cast<uintptr_t>(first_) / sizeof(T) % line) % line;
   }
   T* at(int tile) const { return first_ + tile * apart_; }
@@ -28,37 +32,42 @@ class Tiles {
   T* first_;
 };
 
-// Where the rows of a tile lie: `count` of them, each `length` elements, `inner` apart.
+// Where the rows of a tile lie: `count` of them, each `length` elements, `inner` apart. In memory they are runs of
+// neighbours: one, or the rest of an outer index, some whole ones, and the beginning of another.
 struct TileRows {
   int64_t length, inner, count;
-  int64_t first;                    // first element of the first row
-  bool neighbours;                  // the rows follow each other element by element
-  int64_t starts[RowUnits::lanes];  // otherwise, if inner > 1: first elements of all
+  int64_t first;      // first element of the first row
+  int64_t first_run;  // how many rows the first run has
+  int64_t numel;      // of the operand
 
-  TileRows(const RowLayout& layout, const RowUnits& units, int64_t unit) : length(layout.length), inner(layout.inner) {
-    neighbours = units.per_outer != 0;
-    if (neighbours) {
-      const int64_t lane = unit % units.per_outer * units.lanes;
-      count = std::min(units.lanes, inner - lane);
-      first = unit / units.per_outer * length * inner + lane;
-      return;
-    }
-    const int64_t row = unit * units.lanes;
-    count = std::min(units.lanes, layout.outer * inner - row);
-    first = row * length;
-    if (inner > 1)
-      for (int64_t l = 0; l < count; ++l) starts[l] = (row + l) / inner * length * inner + (row + l) % inner;
+  TileRows(const RowLayout& layout, const RowUnits& units, int64_t unit)
+      : length(layout.length), inner(layout.inner), numel(layout.outer * layout.length * layout.inner) {
+    const int64_t rows = units.per_outer != 0 ? inner : layout.outer * inner;
+    const int64_t row = units.per_outer != 0 ? unit % units.per_outer * units.lanes : unit * units.lanes;
+    const int64_t outer = units.per_outer != 0 ? unit / units.per_outer : row / inner;
+    count = std::min(units.lanes, rows - row);
+    first = outer * length * inner + row % inner;
+    first_run = std::min(count, inner - row % inner);
   }
 
   template <typename Storage, typename T>
   void load(const Storage* from, T* tile) const {
     if (inner == 1) return rows_to_tile(from + first, tile, length, count);
-    for_each([=](int64_t in_memory, int64_t in_tile) { tile[in_tile] = to_compute(from[in_memory]); });
+    for_each_run([&](int64_t at, int64_t lane, int64_t rows) CO_INLINE {
+      // Eight numbers at once may be some too many, if there is place: later runs put theirs there.
+      const bool eights = lane + 8 <= RowUnits::lanes && at + (length - 1) * inner + 8 <= numel;
+      move(from + at, inner, tile + lane, RowUnits::lanes, rows, eights ? length : 0);
+    });
   }
   template <typename Storage, typename T>
   void store(const T* tile, Storage* to) const {
     if (inner == 1) return tile_to_rows(tile, to + first, length, count);
-    for_each([=](int64_t in_memory, int64_t in_tile) { to[in_memory] = to_storage<Storage>(tile[in_tile]); });
+    const int64_t before = first_run == inner ? 0 : first_run;  // and after them, runs that are whole up to
+    const int64_t whole = (before ? next_outer() : first) + (count - before) / inner * length * inner;
+    for_each_run([&](int64_t at, int64_t lane, int64_t rows) CO_INLINE {
+      const int64_t eights = rows < inner || whole - at < 8 ? 0 : std::min(length, (whole - at - 8) / inner + 1);
+      move(tile + lane, RowUnits::lanes, to + at, inner, rows, eights);
+    });
   }
 
   // Rows that follow each other are read in as many places at once as a tile has lanes, too many for the processor to
@@ -75,16 +84,37 @@ struct TileRows {
   }
 
  private:
-  template <typename Move>
-  CO_HD void for_each(Move move) const {
-    for (int64_t k = 0; k < length; ++k) {
-      const int64_t in_tile = k * RowUnits::lanes;
-      if (neighbours) {
+  int64_t next_outer() const { return (first / (length * inner) + 1) * length * inner; }
+
+  // run(first element, first lane, number of rows)
+  template <typename Run>
+  void for_each_run(const Run& run) const {
+    run(first, 0, first_run);
+    for (int64_t lane = first_run, at = next_outer(); lane < count; lane += inner, at += length * inner)
+      run(at, lane, std::min(inner, count - lane));
+  }
+
+  // n numbers at each of `length` steps. If they are fewer than 8, then at the first `eights` steps 8 all the same.
+  template <typename From, typename To>
+  void move(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t n, int64_t eights) const {
+    for (int64_t i = 0; n >= 8 && i < n; i += 8) {  // the last ones overlap those before
+      const int64_t at = std::min(i, n - 8);
+      for (int64_t k = 0; k < length; ++k) move_eight(from + k * from_stride + at, to + k * to_stride + at);
+    }
+    if (n >= 8) return;
+    for (int64_t k = 0; k < eights; ++k) move_eight(from + k * from_stride, to + k * to_stride);
+    for (int64_t k = eights; k < length; ++k)
+      for (int64_t i = 0; i < n; ++i) to[k * to_stride + i] = to_storage<To>(to_compute(from[k * from_stride + i]));
+  }
+  template <typename From, typename To>
+  CO_HD static void move_eight(const From* from, To* to) {
+    if constexpr (std::is_same_v<From, To>) {
+      typedef To Eight __attribute__((vector_size(8 * sizeof(To)), aligned(sizeof(To)), may_alias));
+      *reinterpret_cast<Eight*>(to) = *reinterpret_cast<const Eight*>(from);
+    } else {
+#pragma GCC unroll 1  // unrolled it would not become vectors
 #pragma GCC ivdep
-        for (int64_t l = 0; l < count; ++l) move(first + k * inner + l, in_tile + l);
-      } else {
-        for (int64_t l = 0; l < count; ++l) move(starts[l] + k * inner, in_tile + l);
-      }
+      for (int i = 0; i < 8; ++i) to[i] = to_storage<To>(to_compute(from[i]));
     }
   }
 };
