@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -17,23 +16,34 @@ from ._library import Kernels
 def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
 
-    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself and all else a subclass. The
-    Python part of ``Function.apply`` unwraps what ``torch.func`` has wrapped; where no such transform is active it is
-    left out, because it costs a small tensor a tenth of its whole forward and backward; where nothing is recorded, all
-    of the Function is, which is two fifths of reading a small parametrized attribute.
+    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself and all else a subclass:
+
+    - ``torch.func`` one with a rule for ``vmap``, through the Python part of ``Function.apply``, which unwraps what it
+      has wrapped and costs a small tensor a tenth of its whole forward and backward;
+    - plain autograd one whose ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the
+      arguments of the others to their signature at each call, which takes four times as long as all the rest of it;
+    - where nothing is recorded, no Function at all, which is two fifths of reading a small parametrized attribute.
     """
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)  # torch 2.15 asks for it at every call, which takes 35 us anew
-    eager: Any = type(function.__name__, (function,), {"jvp": staticmethod(jvp), "generate_vmap_rule": True})
-    bare: Callable[..., Any] = super(Function, eager).apply
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = function.forward(*args)
+        function.setup_context(ctx, args, output)
+        return output
+
+    def derived(**members: Any) -> Any:
+        return type(function.__name__, (function,), {"jvp": staticmethod(jvp), **members})
+
+    transformed = derived(generate_vmap_rule=True)
+    plain = derived(forward=staticmethod(forward), setup_context=staticmethod(Function.setup_context))
+    recorded: Callable[..., Any] = super(Function, plain).apply
 
     def apply(*args: Any) -> Any:
         if is_compiling():
             return function.apply(*args)
         if torch._C._are_functorch_transforms_active():
-            return eager.apply(*args)
+            return transformed.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return bare(*args)
+            return recorded(*args)
         return function.forward(*args)
 
     return apply
