@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._library import Kernels
 
@@ -25,9 +26,12 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
     - where nothing is recorded, no Function at all, which is two fifths of reading a small parametrized attribute.
     """
 
+    compute: Callable[..., Any] = function.forward
+    setup: Callable[..., None] = function.setup_context
+
     def forward(ctx: Any, *args: Any) -> Any:
-        output = function.forward(*args)
-        function.setup_context(ctx, args, output)
+        output = compute(*args)
+        setup(ctx, args, output)
         return output
 
     def derived(**members: Any) -> Any:
@@ -44,9 +48,19 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
             return transformed.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
             return recorded(*args)
-        return function.forward(*args)
+        return compute(*args)
 
     return apply
+
+
+def is_transforming() -> bool:
+    """Whether tensors may stand for others here: inside compilers, ``torch.func``, forward mode and dispatch modes."""
+    return (
+        is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def implementation(kernels: Kernels) -> Kernels:
@@ -66,7 +80,12 @@ def needs_graph() -> bool:
 
 def bits(wanted: Iterable[bool]) -> int:
     """The kernels' ``needed`` argument: bit i asks for result i."""
-    return sum(want << i for i, want in enumerate(wanted))
+    needed, bit = 0, 1
+    for want in wanted:  # a generator costs a small tensor more than its kernel
+        if want:
+            needed |= bit
+        bit <<= 1
+    return needed
 
 
 def only(wanted: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:
