@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._library import Kernels
 
@@ -17,26 +17,50 @@ from ._library import Kernels
 def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
 
-    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself and all else a subclass. The
-    Python part of ``Function.apply`` unwraps what ``torch.func`` has wrapped; where no such transform is active it is
-    left out, because it costs a small tensor a tenth of its whole forward and backward; where nothing is recorded, all
-    of the Function is, which is two fifths of reading a small parametrized attribute.
+    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself and all else a subclass:
+
+    - ``torch.func`` one with a rule for ``vmap``, through the Python part of ``Function.apply``, which unwraps what it
+      has wrapped and costs a small tensor a tenth of its whole forward and backward;
+    - plain autograd one whose ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the
+      arguments of the others to their signature at each call, which takes four times as long as all the rest of it;
+    - where nothing is recorded, no Function at all, which is two fifths of reading a small parametrized attribute.
     """
-    forward: Any = function.forward
-    forward.__signature__ = inspect.signature(forward)  # torch 2.15 asks for it at every call, which takes 35 us anew
-    eager: Any = type(function.__name__, (function,), {"jvp": staticmethod(jvp), "generate_vmap_rule": True})
-    bare: Callable[..., Any] = super(Function, eager).apply
+
+    compute: Callable[..., Any] = function.forward
+    setup: Callable[..., None] = function.setup_context
+
+    def forward(ctx: Any, *args: Any) -> Any:
+        output = compute(*args)
+        setup(ctx, args, output)
+        return output
+
+    def derived(**members: Any) -> Any:
+        return type(function.__name__, (function,), {"jvp": staticmethod(jvp), **members})
+
+    transformed = derived(generate_vmap_rule=True)
+    plain = derived(forward=staticmethod(forward), setup_context=staticmethod(Function.setup_context))
+    recorded: Callable[..., Any] = super(Function, plain).apply
 
     def apply(*args: Any) -> Any:
         if is_compiling():
             return function.apply(*args)
         if torch._C._are_functorch_transforms_active():
-            return eager.apply(*args)
+            return transformed.apply(*args)
         if torch.is_grad_enabled() or forward_ad._current_level >= 0:
-            return bare(*args)
-        return function.forward(*args)
+            return recorded(*args)
+        return compute(*args)
 
     return apply
+
+
+def is_transforming() -> bool:
+    """Whether tensors may stand for others here: inside compilers, ``torch.func``, forward mode and dispatch modes."""
+    return (
+        is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or is_in_torch_dispatch_mode()
+    )
 
 
 def implementation(kernels: Kernels) -> Kernels:
@@ -56,7 +80,12 @@ def needs_graph() -> bool:
 
 def bits(wanted: Iterable[bool]) -> int:
     """The kernels' ``needed`` argument: bit i asks for result i."""
-    return sum(want << i for i, want in enumerate(wanted))
+    needed, bit = 0, 1
+    for want in wanted:  # a generator costs a small tensor more than its kernel
+        if want:
+            needed |= bit
+        bit <<= 1
+    return needed
 
 
 def only(wanted: Sequence[bool], results: Sequence[Tensor]) -> list[Tensor | None]:

@@ -130,14 +130,17 @@ class FlatParameters:
                 f"got {tuple(theta.shape)}, {theta.dtype} and {theta.device}"
             )
         x: dict[str, Tensor] = {}
-        log_det = theta.new_zeros(())
-        parts = theta.split([family.end - family.begin for family in self._families]) if self._families else ()
-        for family, part in zip(self._families, parts, strict=True):
+        log_det: Any = theta.new_zeros(()) if return_log_det else None
+        # One family has all of theta: no node of the graph for a part of it, and names in order.
+        several = len(self._families) > 1
+        parts = theta.split([family.end - family.begin for family in self._families]) if several else (theta,)
+        for family, part in zip(self._families, parts, strict=False):
             values, part_log_det = family.transform(part, return_log_det)
-            x.update(zip((e.name for e in family.entries), family.views(values), strict=True))
+            x.update(zip(family.names, family.views(values), strict=True))
             if part_log_det is not None:
                 log_det = log_det + part_log_det.sum()
-        x = {name: x[name] for name in self.slices}
+        if several:
+            x = {name: x[name] for name in self.slices}
         return (x, log_det) if return_log_det else x
 
     @torch.no_grad()
@@ -203,7 +206,9 @@ class _Family:
             n = self.raw_numel(param, record)
             self.entries.append(_Entry(name, param, record, slice(self.end, self.end + n)))
             self.end += n
+        self.names = [e.name for e in self.entries]
         self.shapes = [self.value_shape(e) for e in self.entries]
+        self.vectors = all(len(shape) == 1 for shape in self.shapes)
         self.sizes = [shape.numel() for shape in self.shapes]
 
     def raw_numel(self, param: Tensor, record: Any) -> int:
@@ -220,8 +225,10 @@ class _Family:
     def transform(self, raw: Tensor, return_log_det: bool) -> tuple[Tensor, Tensor | None]:
         return raw.to(self.param_dtype), None
 
-    def views(self, values: Tensor) -> list[Tensor]:
+    def views(self, values: Tensor) -> Sequence[Tensor]:
         parts = values.split(self.sizes)
+        if self.vectors:
+            return parts
         # One node of the graph for all, and none for a view that changes nothing.
         return [part if len(shape) == 1 else part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
@@ -305,7 +312,7 @@ class _Simplices(_Family):
             raise ValueError(f"FlatParameters.constrain: {self.entries[0].name}: {error}") from None
         return self.rounded(x.view(-1), 0.0, math.inf), log_det
 
-    def views(self, values: Tensor) -> list[Tensor]:
+    def views(self, values: Tensor) -> Sequence[Tensor]:
         dims = [e.record.dim if isinstance(e.record, SimplexOf) else -1 for e in self.entries]
         return [x.movedim(-1, dim) if x.dim() > 1 else x for dim, x in zip(dims, super().views(values), strict=True)]
 

@@ -8,18 +8,6 @@
 
 namespace constrained_ops {
 
-inline Tensor empty_strided(const std::vector<int64_t>& sizes, const std::vector<int64_t>& strides,
-                            const Tensor& like) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(like.scalar_type())),
-                               device_type, like.get_device_index(), &handle));
-  return Tensor(handle);
-}
-
 // Results as empty_bijection() of constrained_ops/_library.py has them. All lie in one order of dimensions in memory.
 class BijectionTensors {
  public:
@@ -76,7 +64,7 @@ class BijectionTensors {
       sizes.erase(sizes.begin() + dim_);
       strides.erase(strides.begin() + dim_);
     }
-    return empty_strided(sizes, strides, like);
+    return empty_strided(sizes.size(), sizes.data(), strides.data(), like, like.scalar_type());
   }
 
   std::optional<Tensor> laid_out(const char* name, const std::optional<Tensor>& t, int64_t length) const {

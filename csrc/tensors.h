@@ -81,16 +81,21 @@ inline bool same_strides(const Tensor& a, const Tensor& b) {
   return true;
 }
 
-inline Tensor empty_strided(const Tensor& shape_of, const Tensor& device_of, ScalarType dtype) {
-  const auto sizes = shape_of.sizes(), strides = shape_of.strides();
+// Past the dispatcher, through which an empty tensor takes as long as a small kernel.
+inline Tensor empty_strided(size_t rank, const int64_t* sizes, const int64_t* strides, const Tensor& device_of,
+                            ScalarType dtype) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(device_of.get(), &device_type));
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+      aoti_torch_empty_strided(static_cast<int64_t>(rank), sizes, strides,
                                torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
                                device_of.get_device_index(), &handle));
   return Tensor(handle);
+}
+
+inline Tensor empty_strided(const Tensor& shape_of, const Tensor& device_of, ScalarType dtype) {
+  return empty_strided(shape_of.dim(), shape_of.sizes().data(), shape_of.strides().data(), device_of, dtype);
 }
 
 // Results: the layout of torch.empty_like(raw), or empty where they are not wanted.
@@ -103,7 +108,9 @@ class Results {
   const Tensor& like() const { return like_; }
   Tensor make(bool wanted = true) const { return make(wanted, raw_.scalar_type()); }
   Tensor make(bool wanted, ScalarType dtype) const {
-    return wanted ? empty_strided(like_, raw_, dtype) : torch::stable::new_empty(raw_, {0}, dtype);
+    if (wanted) return empty_strided(like_, raw_, dtype);
+    const int64_t size = 0, stride = 1;
+    return empty_strided(1, &size, &stride, raw_, dtype);
   }
 
  private:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 
 import constrained_ops as co
@@ -184,3 +185,168 @@ def test_values_on_the_bound_are_accepted(dtype: torch.dtype) -> None:
 def test_what_makes_no_sense_is_rejected(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=f"^{re.escape(message)}$"):
         make()
+
+
+# --- Tensor bounds are fitted to raw once: whatever changes them afterwards has to show ------------------------------
+
+
+def _write(module: Any) -> None:
+    module.lower.sub_(1.0)
+
+
+def _other_memory(module: Any) -> None:
+    module.lower.data = module.lower - 1.0
+
+
+def _other_tensor(module: Any) -> None:
+    module.lower = module.lower - 1.0
+
+
+def _other_number(module: Any) -> None:
+    module.upper = 7.0
+
+
+def _number_for_a_tensor(module: Any) -> None:
+    del module.lower
+    module.lower = -3.0
+
+
+def _other_dtype(module: Any) -> None:
+    module.double()
+    module.lower.sub_(1.0)
+
+
+def _half(module: Any) -> None:
+    module.half()
+    module.lower.sub_(1.0)
+
+
+def _assigned(module: Any) -> None:
+    module.load_state_dict({name: bound.clone() for name, bound in module.state_dict().items()}, assign=True)
+    module.lower.sub_(1.0)
+
+
+CHANGES = [_write, _other_memory, _other_tensor, _other_number, _number_for_a_tensor, _other_dtype, _half, _assigned]
+
+
+@pytest.mark.parametrize("raw_dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("change", CHANGES)
+def test_changed_bounds_show(change: Any, raw_dtype: torch.dtype) -> None:
+    module = co.Bounded(torch.tensor([-1.0, 0.0, -math.inf]), 2.0)
+    raw = torch.linspace(-2, 2, 6).view(2, 3).to(raw_dtype)
+    before = [module(raw) for _ in range(2)]
+    change(module)
+    for _ in range(2):
+        after = module(raw)
+        torch.testing.assert_close(after, co.bounded(raw, module.lower, module.upper), rtol=0, atol=0)
+        assert change is _half or change is _assigned or not torch.equal(after, before[1])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_have_bounds_of_their_own(copied: Any) -> None:
+    module = co.Positive(torch.tensor([0.0, 1.0, 2.0]))
+    raw = torch.randn(2, 3)
+    before = module(raw), module(raw)
+    other = copied(module)
+    assert module._kept is not None
+    assert other._kept is None
+    other.lower.add_(1.0)
+    torch.testing.assert_close(other(raw), co.positive(raw, other.lower), rtol=0, atol=0)
+    torch.testing.assert_close(module(raw), before[1], rtol=0, atol=0)
+
+
+def test_raws_of_any_shape_and_dtype_in_turn() -> None:
+    module = co.Bounded(lower(), upper())
+    for shape, dtype in [
+        ((3,), torch.float32),
+        ((2, 3), torch.float32),
+        ((2, 3), torch.float64),
+        ((3,), torch.float32),
+    ]:
+        raw = torch.randn(shape, dtype=dtype)
+        for _ in range(2):
+            torch.testing.assert_close(module(raw), co.bounded(raw, module.lower, module.upper), rtol=0, atol=0)
+    for wrong, error in [
+        (torch.randn(2), ValueError),
+        (torch.ones(3, dtype=torch.int32), TypeError),
+        ([1.0], TypeError),
+    ]:
+        with pytest.raises(error, match="bounded: "):
+            module(wrong)
+
+
+def test_bounds_that_begin_to_want_a_gradient_get_one() -> None:
+    module = co.Bounded(torch.zeros(3), torch.ones(3))
+    raw = torch.randn(2, 3, requires_grad=True)
+    module(raw), module(raw)
+    module.lower.requires_grad_()
+    (grad,) = torch.autograd.grad(module(raw).sum(), module.lower)
+    torch.testing.assert_close(grad, torch.sigmoid(-raw).detach().sum(0))
+
+
+def test_a_bound_written_to_before_backward_is_noticed() -> None:
+    module = co.Bounded(torch.zeros(3), torch.ones(3))
+    raw = torch.randn(2, 3, requires_grad=True)
+    module(raw)
+    x = module(raw)
+    module.lower.sub_(1.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
+def test_bounds_that_stand_for_others_are_not_kept() -> None:
+    module = co.Bounded(torch.zeros(3), torch.ones(3))
+    raw, lowers, upper = torch.randn(2, 3), torch.tensor([[-1.0] * 3, [-2.0] * 3]), torch.ones(3)
+    before = module(raw), module(raw)
+
+    def called(lower: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(module, {"lower": lower}, (raw,))
+
+    expected = torch.stack([co.bounded(raw, lower, upper) for lower in lowers])
+    torch.testing.assert_close(torch.vmap(called)(lowers), expected)
+    torch.testing.assert_close(torch.stack([called(lower) for lower in lowers]), expected)
+    _, tangent = torch.func.jvp(called, (lowers[0],), (torch.ones(3),))
+    torch.testing.assert_close(tangent, torch.sigmoid(-raw))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(lowers[0], torch.ones(3))
+        x = called(dual)
+        torch.testing.assert_close(torch.autograd.forward_ad.unpack_dual(x).tangent, torch.sigmoid(-raw))
+    torch.testing.assert_close(module(raw), before[1], rtol=0, atol=0)
+
+
+def test_a_mode_sees_what_happens_to_the_bounds() -> None:
+    module = co.Bounded(torch.zeros(3), torch.ones(3))
+    raw = torch.randn(2, 3)
+    module(raw), module(raw)
+    graph = make_fx(lambda lower: torch.func.functional_call(module, {"lower": lower}, (raw,)))(module.lower)
+    other = torch.full((3,), -5.0)
+    torch.testing.assert_close(graph(other), co.bounded(raw, other, module.upper))
+
+
+def test_bounds_of_another_class_are_not_kept() -> None:
+    class Own(torch.Tensor):
+        pass
+
+    module = co.Bounded(torch.zeros(3), torch.ones(3).as_subclass(Own))
+    raw = torch.randn(2, 3)
+    torch.testing.assert_close(module(raw), co.bounded(raw, module.lower, module.upper), rtol=0, atol=0)
+    assert module._kept is None
+
+
+def test_bounds_of_no_dimension() -> None:
+    raw = torch.randn(2, 3, requires_grad=True)
+    for module in (
+        co.Bounded(torch.tensor(-1.0), torch.tensor(2.0)),
+        co.Positive(torch.tensor(0.5, dtype=torch.float64)),
+    ):
+        for change in (0.0, -1.0):
+            module.lower.data.add_(change)  # not counted as a write
+            for _ in range(2):
+                x = module(raw)
+                expected = co.bounded(raw, module.lower, getattr(module, "upper", math.inf))
+                torch.testing.assert_close(x, expected)
+                grads = [torch.autograd.grad(y.sum(), raw)[0] for y in (x, expected)]
+                torch.testing.assert_close(*grads)
+    module.lower.requires_grad_()
+    (grad,) = torch.autograd.grad(module(raw).sum(), module.lower)
+    torch.testing.assert_close(grad, torch.tensor(6.0, dtype=torch.float64))
