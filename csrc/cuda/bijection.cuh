@@ -362,9 +362,10 @@ struct BijectionShape {
   }
 };
 
-// A block's threads, as registers allow: doubles take two, and double backward has more numbers.
+// A block's threads, as registers allow: doubles take two, and backward has more numbers, double backward most.
 template <typename Storage, int order>
-constexpr int bijection_threads = 1024 / (sizeof(compute_t<Storage>) == 8 ? 2 : 1) / (order == 2 ? 2 : 1);
+constexpr int bijection_threads =
+    sizeof(compute_t<Storage>) == 8 ? (order == 0 ? 512 : 256) : (order == 2 ? 512 : 1024);
 
 template <typename Program, int order, typename Storage>
 void launch_bijection(const Queue& queue, const BijectionOperands<Storage>& operands, const Rows& rows,

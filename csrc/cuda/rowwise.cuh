@@ -245,13 +245,14 @@ void launch_columns(const Queue& queue, const RowOperands<Program, Storage>& ope
                 group.shared_bytes()),
            row_kernel<column_threads, items, 1, 1, Program, Storage, ColumnGroup>, operands, rows, group, program);
   } else {
+    constexpr bool crowded = Program::heavy || (Program::rereads && Program::inputs > 2);
+    constexpr int few = few_items<Storage> / (crowded ? 2 : 1);
     const int columns = round_up_to_power_of_two(std::min<int64_t>(rows.inner.size, warp_size));
     const auto group = column_group(rows, column_threads / columns, column_threads, state_bytes<Program>(true));
     launch(queue,
            Grid(limit_blocks(divide_up(rows.count, group.columns), group.threads(), queue), group.threads(),
                 group.shared_bytes()),
-           long_row_kernel<column_threads, few_items<Storage>, 1, Program, Storage, ColumnGroup>, operands, rows, group,
-           program);
+           long_row_kernel<column_threads, few, 1, Program, Storage, ColumnGroup>, operands, rows, group, program);
   }
 }
 
