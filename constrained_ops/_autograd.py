@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._library import Kernels
 
+# Not a public name; without it what Function.apply would find out.
+_any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", lambda *args: True)
+
 
 def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
@@ -23,7 +26,7 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
       has wrapped and costs a small tensor a tenth of its whole forward and backward;
     - plain autograd one whose ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the
       arguments of the others to their signature at each call, which takes four times as long as all the rest of it;
-    - where nothing is recorded, no Function at all, which is two fifths of reading a small parametrized attribute.
+    - where nothing is to be recorded, no Function at all, which takes longer than the transform of a small tensor.
     """
 
     compute: Callable[..., Any] = function.forward
@@ -46,7 +49,7 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
             return function.apply(*args)
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
-        if torch.is_grad_enabled() or forward_ad._current_level >= 0:
+        if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
             return recorded(*args)
         return compute(*args)
 

@@ -41,6 +41,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import _direct
+
 NAMESPACE = "constrained_ops"
 BACKENDS = ("cuda", "triton", "cpu", "reference")
 
@@ -328,6 +330,7 @@ if not has_cpu_library:
     _warn_if_shadowed()
 has_cuda_library = torch.version.cuda is not None and _load("_C_cuda")
 has_triton = find_spec("triton") is not None
+_called = _direct.caller(import_module(f"{__package__}._C")) if has_cpu_library else _direct.dispatched
 
 
 def _triton(transform: str, kernel: str) -> Callable[..., Any]:
@@ -361,7 +364,7 @@ def _only_on(device: str, transform: str, kernel: str) -> Callable[..., Any]:
 
 def _implementation(backend: str | None, transform: str, kernel: str) -> Callable[..., Any]:
     if backend is None:
-        return overload(transform, kernel)._op  # the dispatcher, past OpOverload's Python frame
+        return _called(overload(transform, kernel))
     if backend in ("reference", "triton"):  # past the dispatcher
         function = _references[transform][kernel] if backend == "reference" else _triton(transform, kernel)
         return named(overload(transform, kernel)._schema.name, function)

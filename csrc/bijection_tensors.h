@@ -9,9 +9,10 @@
 namespace constrained_ops {
 
 // Results as empty_bijection() of constrained_ops/_library.py has them. All lie in one order of dimensions in memory.
-class BijectionTensors {
+template <typename Tensor>
+class BasicBijectionTensors {
  public:
-  BijectionTensors(const char* op, const Tensor& raw, int64_t dim) : op_(op), dim_(dim), results_(op, raw) {
+  BasicBijectionTensors(const char* op, const Tensor& raw, int64_t dim) : op_(op), dim_(dim), results_(op, raw) {
     STD_TORCH_CHECK(dim >= 0 && dim < raw.dim(), op, ": dim is out of range");
     STD_TORCH_CHECK(raw.size(dim) < (int64_t(1) << 31) - 1, op, ": more than 2^31 - 1 elements along dim");
     const Tensor& like = results_.like();
@@ -76,8 +77,9 @@ class BijectionTensors {
 
   const char* op_;
   int64_t dim_;
-  Results results_;
+  BasicResults<Tensor> results_;
   std::vector<int64_t> slowest_first_;
 };
+using BijectionTensors = BasicBijectionTensors<Tensor>;
 
 }  // namespace constrained_ops

@@ -11,6 +11,10 @@
 namespace py = pybind11;
 using namespace constrained_ops;
 
+namespace constrained_ops {
+void define_direct(py::module_& m);  // cpu/direct.cpp
+}
+
 namespace {
 
 Dtype dtype_named(const std::string& name) {
@@ -102,6 +106,8 @@ PYBIND11_MODULE(_C, m) {
   m.attr("build") = py::dict(py::arg("torch") = CO_TORCH_VERSION, py::arg("compiler") = CO_COMPILER,
                              py::arg("cuda") = CO_CUDA_VERSION, py::arg("cuda_architectures") = CO_CUDA_ARCHITECTURES,
                              py::arg("cuda_left_out") = CO_CUDA_LEFT_OUT);
+
+  define_direct(m);
 
   m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));

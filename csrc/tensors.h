@@ -1,5 +1,6 @@
 // What every operator's outer layer needs of tensors, CPU and CUDA alike: checks, results of the promised layout, and
-// the layouts that kernels understand. Kernels themselves see only the plain structs below.
+// the layouts that kernels understand. Kernels themselves see only the plain structs of operands.h. Templates are for
+// torch::stable::Tensor and for what cpu/direct.h has in its place.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -22,7 +23,8 @@ inline ScalarType compute_dtype(ScalarType dtype) {
   return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Dtype storage_dtype(const char* op, const Tensor& raw) {
+template <typename Tensor>
+Dtype storage_dtype(const char* op, const Tensor& raw) {
   switch (raw.scalar_type()) {
     case ScalarType::Half:
       return Dtype::half;
@@ -38,8 +40,9 @@ inline Dtype storage_dtype(const char* op, const Tensor& raw) {
 }
 
 // The contract of constrained_ops/_library.py, for callers of the operators themselves.
-inline void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
-                          const char* raw_name = "raw") {
+template <typename Tensor>
+void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
+                   const char* raw_name = "raw") {
   const auto sizes = t.sizes(), expected = raw.sizes();
   STD_TORCH_CHECK(sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()), op, ": ",
                   name, " must have the shape of ", raw_name);
@@ -53,6 +56,7 @@ struct StrideOrder {
   std::array<int, max_rank> dims;
   int count = 0;
 
+  template <typename Tensor>
   StrideOrder(const char* op, const Tensor& t) {
     const auto sizes = t.sizes(), strides = t.strides();
     STD_TORCH_CHECK(sizes.size() <= max_rank, op, ": more than ", max_rank, " dimensions");
@@ -63,7 +67,8 @@ struct StrideOrder {
 };
 
 // Whether the elements fill one stretch of memory, in whatever order of dimensions.
-inline bool is_dense(const char* op, const Tensor& t) {
+template <typename Tensor>
+bool is_dense(const char* op, const Tensor& t) {
   if (t.is_contiguous()) return true;
   const StrideOrder order(op, t);
   int64_t expected = 1;
@@ -74,7 +79,8 @@ inline bool is_dense(const char* op, const Tensor& t) {
   return true;
 }
 
-inline bool same_strides(const Tensor& a, const Tensor& b) {
+template <typename Tensor>
+bool same_strides(const Tensor& a, const Tensor& b) {
   const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
@@ -98,19 +104,23 @@ inline Tensor empty_strided(const Tensor& shape_of, const Tensor& device_of, Sca
   return empty_strided(shape_of.dim(), shape_of.sizes().data(), shape_of.strides().data(), device_of, dtype);
 }
 
+inline Tensor not_wanted(const Tensor& device_of, ScalarType dtype) {
+  const int64_t size = 0, stride = 1;
+  return empty_strided(1, &size, &stride, device_of, dtype);
+}
+
 // Results: the layout of torch.empty_like(raw), or empty where they are not wanted.
-class Results {
+template <typename Tensor>
+class BasicResults {
  public:
-  Results(const char* op, const Tensor& raw)
-      : raw_(raw), dense_(is_dense(op, raw)), like_(dense_ ? raw : torch::stable::empty_like(raw)) {}
+  BasicResults(const char* op, const Tensor& raw)
+      : raw_(raw), dense_(is_dense(op, raw)), like_(dense_ ? raw : empty_like(raw)) {}
 
   bool dense() const { return dense_; }
   const Tensor& like() const { return like_; }
   Tensor make(bool wanted = true) const { return make(wanted, raw_.scalar_type()); }
   Tensor make(bool wanted, ScalarType dtype) const {
-    if (wanted) return empty_strided(like_, raw_, dtype);
-    const int64_t size = 0, stride = 1;
-    return empty_strided(1, &size, &stride, raw_, dtype);
+    return wanted ? empty_strided(like_, raw_, dtype) : not_wanted(raw_, dtype);
   }
 
  private:
@@ -118,11 +128,12 @@ class Results {
   bool dense_;
   Tensor like_;
 };
+using Results = BasicResults<Tensor>;
 
 // Strides of all operands over common dimensions, in the order in which the results lie in memory, neighbours merged
 // wherever every operand walks them in one stride.
-template <int capacity>
-ElementwiseLayout<capacity> elementwise_layout(const char* op, const Results& results,
+template <int capacity, typename Tensor>
+ElementwiseLayout<capacity> elementwise_layout(const char* op, const BasicResults<Tensor>& results,
                                                const std::array<const Tensor*, capacity>& operands, int count) {
   ElementwiseLayout<capacity> layout;
   layout.rank = 0;
@@ -157,7 +168,8 @@ ElementwiseLayout<capacity> elementwise_layout(const char* op, const Results& re
 }
 
 // A dense tensor of any stride order is [outer, length, inner] in memory.
-inline RowLayout row_layout(const char* op, const Tensor& dense, int64_t dim) {
+template <typename Tensor>
+RowLayout row_layout(const char* op, const Tensor& dense, int64_t dim) {
   RowLayout layout{1, 1, 1};
   if (dense.dim() == 0) return layout;
   STD_TORCH_CHECK(dim >= 0 && dim < dense.dim(), op, ": dim is out of range");
@@ -175,10 +187,11 @@ inline RowLayout row_layout(const char* op, const Tensor& dense, int64_t dim) {
 }
 
 // t in the layout of `like`, copied only if it has another.
-inline Tensor in_layout_of(const Tensor& t, const Tensor& like) {
+template <typename Tensor>
+Tensor in_layout_of(const Tensor& t, const Tensor& like) {
   if (same_strides(t, like)) return t;
   Tensor copy = empty_strided(like, t, t.scalar_type());
-  torch::stable::copy_(copy, t);
+  copy_(copy, t);
   return copy;
 }
 

@@ -12,5 +12,5 @@ struct BoundedTransform {
 }  // namespace constrained_ops
 
 STABLE_TORCH_LIBRARY_IMPL(constrained_ops, CPU, m) {
-  constrained_ops::ElementwiseOperators<constrained_ops::BoundedTransform>::register_in(m);
+  constrained_ops::implement_elementwise<constrained_ops::BoundedTransform>(m);
 }

@@ -6,7 +6,7 @@
 #include <string>
 #include <tuple>
 
-#include "../tensors.h"
+#include "direct.h"
 #include "levels.h"
 #include "pages.h"
 #include "parallel.h"
@@ -14,6 +14,7 @@
 namespace constrained_ops {
 
 // One operator call being put together: operands in the order of the loops, then results, then run.
+template <typename Tensor>
 class ElementwiseOp {
  public:
   ElementwiseOp(const char* name, const Tensor& raw)
@@ -78,14 +79,14 @@ class ElementwiseOp {
   const char* name_;
   const Tensor& raw_;
   Dtype dtype_;
-  Results results_;
+  BasicResults<Tensor> results_;
   BoundsKind kind_;
   ElementwiseCall call_;
   std::array<const Tensor*, max_inputs> operands_;
   int count_ = 0, outputs_ = 0;
 };
 
-template <typename Transform>
+template <typename Transform, typename Tensor>
 struct ElementwiseOperators {
   using MaybeTensor = std::optional<Tensor>;
 
@@ -104,37 +105,37 @@ struct ElementwiseOperators {
 
   static Tensor backward(const MaybeTensor& grad_x, const MaybeTensor& grad_log_det, const Tensor& raw, double lower,
                          double upper) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     const Kernel kernel = op.gradients(grad_x, grad_log_det);
     Tensor grad_raw = op.output();
-    op.run<Transform>(kernel);
+    op.template run<Transform>(kernel);
     return grad_raw;
   }
 
   static std::tuple<Tensor, Tensor, Tensor> backward_tensor(const MaybeTensor& grad_x, const MaybeTensor& grad_log_det,
                                                             const Tensor& raw, const Tensor& lower, const Tensor& upper,
                                                             int64_t needed) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     const Kernel kernel = op.gradients(grad_x, grad_log_det);
     Tensor grad_raw = op.output(needed & 1), grad_lower = op.bound_output(needed & 2),
            grad_upper = op.bound_output(needed & 4);
-    op.run<Transform>(kernel);
+    op.template run<Transform>(kernel);
     return {grad_raw, grad_lower, grad_upper};
   }
 
   static std::tuple<Tensor, Tensor, Tensor> double_backward(const Tensor& along_raw, const MaybeTensor& grad_x,
                                                             const MaybeTensor& grad_log_det, const Tensor& raw,
                                                             double lower, double upper, int64_t needed) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     op.input("along_raw", along_raw);
     op.input("grad_x", grad_x);
     op.input("grad_log_det", grad_log_det);
     Tensor for_grad_x = op.output(needed & 1), for_grad_log_det = op.output(needed & 2),
            for_raw = op.output(needed & 4);
-    op.run<Transform>(Kernel::double_backward);
+    op.template run<Transform>(Kernel::double_backward);
     return {for_grad_x, for_grad_log_det, for_raw};
   }
 
@@ -142,7 +143,7 @@ struct ElementwiseOperators {
       const MaybeTensor& along_raw, const MaybeTensor& along_lower, const MaybeTensor& along_upper,
       const MaybeTensor& grad_x, const MaybeTensor& grad_log_det, const Tensor& raw, const Tensor& lower,
       const Tensor& upper, int64_t needed) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     op.input("along_raw", along_raw);
     op.input("grad_x", grad_x);
@@ -152,42 +153,45 @@ struct ElementwiseOperators {
     Tensor for_grad_x = op.output(needed & 1), for_grad_log_det = op.output(needed & 2),
            for_raw = op.output(needed & 4);
     Tensor for_lower = op.bound_output(needed & 8), for_upper = op.bound_output(needed & 16);
-    op.run<Transform>(Kernel::double_backward);
+    op.template run<Transform>(Kernel::double_backward);
     return {for_grad_x, for_grad_log_det, for_raw, for_lower, for_upper};
-  }
-
-  static void register_in(torch::stable::detail::StableLibrary& library) {
-    const auto add = [&library](const char* kernel, auto boxed) {
-      library.impl((std::string(Transform::name) + "_" + kernel).c_str(), boxed);
-    };
-    add("forward", TORCH_BOX(&forward));
-    add("forward.tensor", TORCH_BOX(&forward_tensor));
-    add("forward_log_det", TORCH_BOX(&forward_log_det));
-    add("forward_log_det.tensor", TORCH_BOX(&forward_log_det_tensor));
-    add("backward", TORCH_BOX(&backward));
-    add("backward.tensor", TORCH_BOX(&backward_tensor));
-    add("double_backward", TORCH_BOX(&double_backward));
-    add("double_backward.tensor", TORCH_BOX(&double_backward_tensor));
   }
 
  private:
   template <typename Bound>
   static Tensor forward_between(const Tensor& raw, const Bound& lower, const Bound& upper) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     Tensor x = op.output();
-    op.run<Transform>(Kernel::forward);
+    op.template run<Transform>(Kernel::forward);
     return x;
   }
 
   template <typename Bound>
   static Pair forward_log_det_between(const Tensor& raw, const Bound& lower, const Bound& upper) {
-    ElementwiseOp op(Transform::name, raw);
+    ElementwiseOp<Tensor> op(Transform::name, raw);
     op.bounds(lower, upper);
     Tensor x = op.output(), log_det = op.output();
-    op.run<Transform>(Kernel::forward_log_det);
+    op.template run<Transform>(Kernel::forward_log_det);
     return {x, log_det};
   }
 };
+
+template <typename Transform>
+void implement_elementwise(torch::stable::detail::StableLibrary& library) {
+  using Dispatched = ElementwiseOperators<Transform, Tensor>;
+  using Direct = ElementwiseOperators<Transform, DirectTensor>;
+  const std::string prefix = std::string(Transform::name) + "_";
+  implement<&Dispatched::forward, &Direct::forward>(library, prefix + "forward");
+  implement<&Dispatched::forward_tensor, &Direct::forward_tensor>(library, prefix + "forward.tensor");
+  implement<&Dispatched::forward_log_det, &Direct::forward_log_det>(library, prefix + "forward_log_det");
+  implement<&Dispatched::forward_log_det_tensor, &Direct::forward_log_det_tensor>(library,
+                                                                                  prefix + "forward_log_det.tensor");
+  implement<&Dispatched::backward, &Direct::backward>(library, prefix + "backward");
+  implement<&Dispatched::backward_tensor, &Direct::backward_tensor>(library, prefix + "backward.tensor");
+  implement<&Dispatched::double_backward, &Direct::double_backward>(library, prefix + "double_backward");
+  implement<&Dispatched::double_backward_tensor, &Direct::double_backward_tensor>(library,
+                                                                                  prefix + "double_backward.tensor");
+}
 
 }  // namespace constrained_ops

@@ -11,7 +11,8 @@
 namespace constrained_ops {
 
 // Where a kernel writes a result of its own: null if it is empty.
-inline void* result_data(const Tensor& result) {
+template <typename Tensor>
+void* result_data(const Tensor& result) {
   if (result.numel() == 0) return nullptr;
   void* data = result.mutable_data_ptr();
 #if defined(MADV_HUGEPAGE)

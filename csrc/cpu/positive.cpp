@@ -12,5 +12,5 @@ struct ExponentialTransform {
 }  // namespace constrained_ops
 
 STABLE_TORCH_LIBRARY_IMPL(constrained_ops, CPU, m) {
-  constrained_ops::ElementwiseOperators<constrained_ops::ExponentialTransform>::register_in(m);
+  constrained_ops::implement_elementwise<constrained_ops::ExponentialTransform>(m);
 }

@@ -1,0 +1,193 @@
+#include "direct.h"
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <vector>
+
+namespace py = pybind11;
+
+namespace constrained_ops {
+namespace {
+
+// Larger tensors are worth several threads, and their kernels take long beside the dispatcher.
+constexpr int64_t largest = 16384;
+
+// What constrained_ops/_direct.py has found in PyTorch; lives as long as the process.
+struct Python {
+  const dlpack::Exchange* exchange;
+  std::vector<py::object> types, observers;
+  py::object is_neg, empty_like, empty_strided;
+  std::map<ScalarType, py::object> dtypes;
+};
+const Python* python = nullptr;
+
+// Takes a new reference, null where a Python exception is set.
+py::object checked(PyObject* object) {
+  if (!object) throw PythonError();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+bool is_true(const py::object& answer) {
+  const int yes = PyObject_IsTrue(answer.ptr());
+  if (yes < 0) throw PythonError();
+  return yes;
+}
+
+bool is_observed() {
+  return std::any_of(python->observers.begin(), python->observers.end(),
+                     [](const py::object& watches) { return is_true(checked(PyObject_CallNoArgs(watches.ptr()))); });
+}
+
+py::object tuple_of(size_t count, const int64_t* values) {
+  py::object tuple = checked(PyTuple_New(static_cast<Py_ssize_t>(count)));
+  for (size_t i = 0; i < count; ++i)
+    PyTuple_SET_ITEM(tuple.ptr(), static_cast<Py_ssize_t>(i), checked(PyLong_FromLongLong(values[i])).release().ptr());
+  return tuple;
+}
+
+struct Callable {
+  PyMethodDef method;
+  DirectCall call;
+  py::object dispatched;
+};
+
+PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
+  const auto& callable = *static_cast<const Callable*>(PyCapsule_GetPointer(self, nullptr));
+  PyObject* result = nullptr;
+  try {
+    if (!is_observed() && callable.call(arguments, count, result)) return result;
+  } catch (const PythonError&) {
+    return nullptr;
+  }
+  return PyObject_Vectorcall(callable.dispatched.ptr(), arguments, count, nullptr);
+}
+
+}  // namespace
+
+DirectTensor::DirectTensor(PyObject* argument) : object_(argument) {
+  const auto& types = python->types;
+  const auto is_type = [type = Py_TYPE(argument)](const py::object& each) { return each.ptr() == (PyObject*)type; };
+  if (std::none_of(types.begin(), types.end(), is_type) || !look()) throw NotDirect();
+  if (view_.device.type != dlpack::cpu || numel_ > largest) throw NotDirect();
+  if (numel_ > 0 && !view_.data) throw NotDirect();  // a zero that is nowhere, or the wrapper of another tensor
+  if (is_true(checked(PyObject_CallOneArg(python->is_neg.ptr(), argument)))) throw NotDirect();  // yet to be negated
+  Py_INCREF(object_);
+}
+
+bool DirectTensor::look() {
+  if (python->exchange->tensor_from_py_object(object_, &view_) != 0) {
+    PyErr_Clear();
+    return false;
+  }
+  numel_ = 1;
+  for (const int64_t size : sizes()) numel_ *= size;
+  return true;
+}
+
+DirectTensor DirectTensor::result(PyObject* object) {
+  if (!object) throw PythonError();
+  DirectTensor tensor;
+  tensor.object_ = object;
+  if (!tensor.look()) throw NotDirect();
+  return tensor;
+}
+
+DirectTensor DirectTensor::empty_like(const DirectTensor& other, ScalarType dtype) {
+  if (dtype != other.scalar_type()) return empty_strided(other.dim(), other.view_.shape, other.view_.strides, dtype);
+  return result(PyObject_CallOneArg(python->empty_like.ptr(), other.object_));
+}
+
+DirectTensor DirectTensor::empty_strided(size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
+  static const py::object* const names = new py::object(py::make_tuple("dtype"));
+  const py::object size = tuple_of(rank, sizes), stride = tuple_of(rank, strides);
+  PyObject* const arguments[] = {size.ptr(), stride.ptr(), python->dtypes.at(dtype).ptr()};
+  return result(PyObject_Vectorcall(python->empty_strided.ptr(), arguments, 2, names->ptr()));
+}
+
+bool DirectTensor::is_contiguous() const {
+  int64_t expected = 1;
+  for (int64_t d = dim(); d-- > 0;) {
+    if (size(d) != 1 && stride(d) != expected) return numel_ == 0;
+    expected *= size(d);
+  }
+  return true;
+}
+
+ScalarType DirectTensor::scalar_type() const {
+  if (view_.dtype.code == dlpack::bfloat && view_.dtype.bits == 16) return ScalarType::BFloat16;
+  if (view_.dtype.code == dlpack::floating) {
+    if (view_.dtype.bits == 16) return ScalarType::Half;
+    if (view_.dtype.bits == 32) return ScalarType::Float;
+    if (view_.dtype.bits == 64) return ScalarType::Double;
+  }
+  throw NotDirect();
+}
+
+double DirectArgument<double>::of(PyObject* argument) {
+  if (PyFloat_CheckExact(argument)) return PyFloat_AS_DOUBLE(argument);
+  if (!PyLong_CheckExact(argument)) throw NotDirect();
+  const double value = PyLong_AsDouble(argument);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+int64_t DirectArgument<int64_t>::of(PyObject* argument) {
+  if (!PyLong_CheckExact(argument)) throw NotDirect();
+  const int64_t value = PyLong_AsLongLong(argument);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return value;
+}
+
+PyObject* direct_result(const DirectTensor& result) {
+  PyObject* const object = result.object() ? result.object() : Py_None;
+  Py_INCREF(object);
+  return object;
+}
+
+std::map<std::string, DirectCall>& direct_calls() {
+  static std::map<std::string, DirectCall> calls;
+  return calls;
+}
+
+void define_direct(py::module_& m) {
+  m.def(
+      "open_direct",
+      [](const py::object& exchange, std::vector<py::object> types, std::vector<py::object> observers,
+         py::object is_neg, py::object empty_like, py::object empty_strided, const std::vector<py::object>& dtypes) {
+        const auto* const table =
+            static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::capsule));
+        if (!table) throw py::error_already_set();
+        if (table->major != dlpack::major_version || !table->tensor_from_py_object) return false;
+        python = new Python{table,
+                            std::move(types),
+                            std::move(observers),
+                            std::move(is_neg),
+                            std::move(empty_like),
+                            std::move(empty_strided),
+                            {{ScalarType::Half, dtypes.at(0)},
+                             {ScalarType::BFloat16, dtypes.at(1)},
+                             {ScalarType::Float, dtypes.at(2)},
+                             {ScalarType::Double, dtypes.at(3)}}};
+        return true;
+      },
+      py::kw_only(), py::arg("exchange"), py::arg("types"), py::arg("observers"), py::arg("is_neg"),
+      py::arg("empty_like"), py::arg("empty_strided"), py::arg("dtypes"),
+      "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
+      "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
+      "float16, bfloat16, float32 and float64.");
+  m.def(
+      "direct",
+      [](const std::string& name, py::object dispatched) {
+        const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call));
+        auto* const callable =
+            new Callable{{"direct", function, METH_FASTCALL, nullptr}, direct_calls().at(name), std::move(dispatched)};
+        const py::capsule self(callable);
+        return py::reinterpret_steal<py::object>(PyCFunction_New(&callable->method, self.ptr()));
+      },
+      py::arg("name"), py::arg("dispatched"),
+      "The operator `name`, called directly where it can be and as `dispatched` elsewhere.");
+}
+
+}  // namespace constrained_ops
