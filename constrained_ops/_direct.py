@@ -3,7 +3,7 @@
 A small tensor spends more time in the dispatcher than in all of our code, so that a call with nothing unusual about it
 goes straight to C++. The dispatcher gets the calls that
 
-- have an argument other than small and plain tensors on the CPU, dense the first of them, in one layout the rest;
+- have an argument other than numbers and small, plain tensors on the CPU;
 - something may want to see: modes of ``torch.utils._python_dispatch`` and ``torch.overrides``, ``torch.func``,
   profilers, ``torch.jit.trace``.
 
@@ -39,9 +39,11 @@ def caller(library: Any) -> Callable[[Operator], Callable[..., Any]]:
                 torch._C._get_tracing_state,
                 torch.autograd._profiler_enabled,  # type: ignore[attr-defined]
             ],
+            is_cpu=torch.Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
             is_neg=torch.Tensor.is_neg,
             empty_like=torch.empty_like,
             empty_strided=torch.empty_strided,
+            copy_=torch.Tensor.copy_,
             dtypes=[torch.float16, torch.bfloat16, torch.float32, torch.float64],
         )
     except AttributeError:

@@ -58,6 +58,8 @@ def arguments(spy: Spy, transform: str, raw: Tensor, dim: int = 1) -> list[Any]:
         if name in ("lower", "upper"):
             side = -1.0 if name == "lower" else 2.0
             return torch.full_like(raw, side, dtype=compute) if spy.operator._overloadname == "tensor" else side
+        if name == "raw":
+            return raw
         like = {"grad_x": x, "grad_log_det": log_det}.get(name, raw)
         return torch.empty_like(like).copy_(torch.rand(like.shape) + 0.1)
 
@@ -82,6 +84,8 @@ LAYOUTS: dict[str, Callable[[torch.dtype], Tensor]] = {
     "columns": lambda dtype: torch.randn(7, 5).to(dtype).t(),
     "channels_last": lambda dtype: torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last),
     "offset": lambda dtype: torch.randn(36).to(dtype)[1:].view(5, 7),
+    "strided": lambda dtype: torch.randn(5, 14).to(dtype)[:, ::2],
+    "expanded": lambda dtype: torch.randn(5, 1).to(dtype).expand(5, 7),
     "empty": lambda dtype: torch.empty(0, 7, dtype=dtype),
     "one": lambda dtype: torch.randn(1, 1).to(dtype),
 }
@@ -95,6 +99,17 @@ def test_direct_calls_are_the_dispatchers(transform: str, kernel: str, layout: s
         args = arguments(spy, transform, LAYOUTS[layout](dtype))
         assert_same(spy(*args), spy.operator(*args))
         assert spy.dispatched == 0
+
+
+@pytest.mark.parametrize(("transform", "kernel"), KERNELS)
+def test_operands_of_several_layouts(transform: str, kernel: str) -> None:
+    spy = Spy(transform, kernel)
+    args = arguments(spy, transform, torch.randn(5, 7))
+    tensors = [at for at, arg in enumerate(args) if isinstance(arg, Tensor)]
+    for other in tensors:
+        given = [a.t().contiguous().t() if at == other and a.dim() == 2 else a for at, a in enumerate(args)]
+        assert_same(spy(*given), spy.operator(*given))
+    assert spy.dispatched == 0
 
 
 @pytest.mark.parametrize(("transform", "kernel"), [(t, k) for t, k in KERNELS if "backward" in k])
@@ -154,8 +169,6 @@ UNUSUAL: dict[str, Callable[[], Tensor]] = {
     "zero_without_memory": lambda: torch._efficientzerotensor(3),
     "subclass": lambda: torch.randn(3).as_subclass(Subclass),
     "wrapper": lambda: Wrapper(torch.randn(3)),
-    "strided": lambda: torch.randn(3, 4)[:, ::2],
-    "expanded": lambda: torch.randn(3, 1).expand(3, 4),
     "large": lambda: torch.randn(16385),
 }
 
@@ -168,6 +181,13 @@ def test_unusual_tensors_go_to_the_dispatcher(forward: Spy, kind: str) -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0)
     plain = torch.empty(raw.shape).copy_(raw.inner if isinstance(raw, Wrapper) else raw)
     torch.testing.assert_close(got.as_subclass(Tensor), forward.operator(plain, -5.0, 5.0), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("transform", ["bounded", "simplex", "projection"])
+def test_meta_tensors_go_to_the_dispatcher(transform: str) -> None:
+    spy = Spy(transform, "forward")
+    raw = torch.empty(3, 4, device="meta")
+    assert spy(*arguments(spy, transform, raw)).is_meta and spy.dispatched == 1
 
 
 @pytest.mark.parametrize(

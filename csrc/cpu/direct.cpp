@@ -18,7 +18,7 @@ constexpr int64_t largest = 16384;
 struct Python {
   const dlpack::Exchange* exchange;
   std::vector<py::object> types, observers;
-  py::object is_neg, empty_like, empty_strided;
+  py::object is_cpu, is_neg, empty_like, empty_strided, copy_;
   std::map<ScalarType, py::object> dtypes;
 };
 const Python* python = nullptr;
@@ -35,9 +35,23 @@ bool is_true(const py::object& answer) {
   return yes;
 }
 
+bool says_yes(const py::object& question, PyObject* tensor) {
+  return is_true(checked(PyObject_CallOneArg(question.ptr(), tensor)));
+}
+
 bool is_observed() {
   return std::any_of(python->observers.begin(), python->observers.end(),
                      [](const py::object& watches) { return is_true(checked(PyObject_CallNoArgs(watches.ptr()))); });
+}
+
+ScalarType scalar_type_of(const dlpack::DataType& dtype) {
+  if (dtype.code == dlpack::bfloat && dtype.bits == 16) return ScalarType::BFloat16;
+  if (dtype.code == dlpack::floating) {
+    if (dtype.bits == 16) return ScalarType::Half;
+    if (dtype.bits == 32) return ScalarType::Float;
+    if (dtype.bits == 64) return ScalarType::Double;
+  }
+  return ScalarType::Undefined;
 }
 
 py::object tuple_of(size_t count, const int64_t* values) {
@@ -53,12 +67,27 @@ struct Callable {
   py::object dispatched;
 };
 
+bool is_plain(PyObject* argument) {
+  auto* const type = reinterpret_cast<PyObject*>(Py_TYPE(argument));
+  return std::any_of(python->types.begin(), python->types.end(),
+                     [=](const py::object& each) { return each.ptr() == type; });
+}
+
+// By the first tensor, lest DLPack be asked for what it has not: it takes its time to refuse.
+bool is_for_cpu(PyObject* const* arguments, Py_ssize_t count) {
+  const auto* const first = std::find_if(arguments, arguments + count, is_plain);
+  return first != arguments + count && says_yes(python->is_cpu, *first);
+}
+
 PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   const auto& callable = *static_cast<const Callable*>(PyCapsule_GetPointer(self, nullptr));
-  PyObject* result = nullptr;
   try {
-    if (!is_observed() && callable.call(arguments, count, result)) return result;
+    PyObject* result = nullptr;
+    if (!is_observed() && is_for_cpu(arguments, count) && callable.call(arguments, count, result)) return result;
   } catch (const PythonError&) {
+    return nullptr;
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
     return nullptr;
   }
   return PyObject_Vectorcall(callable.dispatched.ptr(), arguments, count, nullptr);
@@ -66,37 +95,37 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 }  // namespace
 
-DirectTensor::DirectTensor(PyObject* argument) : object_(argument) {
-  const auto& types = python->types;
-  const auto is_type = [type = Py_TYPE(argument)](const py::object& each) { return each.ptr() == (PyObject*)type; };
-  if (std::none_of(types.begin(), types.end(), is_type) || !look()) throw NotDirect();
-  if (view_.device.type != dlpack::cpu || numel_ > largest) throw NotDirect();
-  if (numel_ > 0 && !view_.data) throw NotDirect();  // a zero that is nowhere, or the wrapper of another tensor
-  if (is_true(checked(PyObject_CallOneArg(python->is_neg.ptr(), argument)))) throw NotDirect();  // yet to be negated
-  Py_INCREF(object_);
-}
-
-bool DirectTensor::look() {
-  if (python->exchange->tensor_from_py_object(object_, &view_) != 0) {
+bool DirectTensor::read(PyObject* argument) {
+  if (!is_plain(argument)) return false;
+  Py_INCREF(argument);
+  object_ = Reference(argument);
+  if (!look()) {  // a layout that DLPack does not have
     PyErr_Clear();
     return false;
   }
+  const bool is_nowhere = numel_ > 0 && !view_.data;  // a zero without memory, or the wrapper of another tensor
+  return view_.device.type == dlpack::cpu && !is_nowhere && numel_ <= largest && dtype_ != ScalarType::Undefined &&
+         !says_yes(python->is_neg, argument);
+}
+
+bool DirectTensor::look() {
+  if (python->exchange->tensor_from_py_object(object(), &view_) != 0) return false;
   numel_ = 1;
   for (const int64_t size : sizes()) numel_ *= size;
+  dtype_ = scalar_type_of(view_.dtype);
   return true;
 }
 
 DirectTensor DirectTensor::result(PyObject* object) {
-  if (!object) throw PythonError();
   DirectTensor tensor;
-  tensor.object_ = object;
-  if (!tensor.look()) throw NotDirect();
+  tensor.object_ = Reference(object);
+  if (!object || !tensor.look()) throw PythonError();
   return tensor;
 }
 
 DirectTensor DirectTensor::empty_like(const DirectTensor& other, ScalarType dtype) {
-  if (dtype != other.scalar_type()) return empty_strided(other.dim(), other.view_.shape, other.view_.strides, dtype);
-  return result(PyObject_CallOneArg(python->empty_like.ptr(), other.object_));
+  if (dtype != other.dtype_) return empty_strided(other.dim(), other.view_.shape, other.view_.strides, dtype);
+  return result(PyObject_CallOneArg(python->empty_like.ptr(), other.object()));
 }
 
 DirectTensor DirectTensor::empty_strided(size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
@@ -104,6 +133,10 @@ DirectTensor DirectTensor::empty_strided(size_t rank, const int64_t* sizes, cons
   const py::object size = tuple_of(rank, sizes), stride = tuple_of(rank, strides);
   PyObject* const arguments[] = {size.ptr(), stride.ptr(), python->dtypes.at(dtype).ptr()};
   return result(PyObject_Vectorcall(python->empty_strided.ptr(), arguments, 2, names->ptr()));
+}
+
+void DirectTensor::copy_(const DirectTensor& source) const {
+  checked(PyObject_CallFunctionObjArgs(python->copy_.ptr(), object(), source.object(), nullptr));
 }
 
 bool DirectTensor::is_contiguous() const {
@@ -115,29 +148,18 @@ bool DirectTensor::is_contiguous() const {
   return true;
 }
 
-ScalarType DirectTensor::scalar_type() const {
-  if (view_.dtype.code == dlpack::bfloat && view_.dtype.bits == 16) return ScalarType::BFloat16;
-  if (view_.dtype.code == dlpack::floating) {
-    if (view_.dtype.bits == 16) return ScalarType::Half;
-    if (view_.dtype.bits == 32) return ScalarType::Float;
-    if (view_.dtype.bits == 64) return ScalarType::Double;
-  }
-  throw NotDirect();
+bool read_argument(PyObject* argument, double& value) {
+  if (!PyFloat_CheckExact(argument) && !PyLong_CheckExact(argument)) return false;
+  value = PyFloat_AsDouble(argument);
+  if (value == -1 && PyErr_Occurred()) throw PythonError();
+  return true;
 }
 
-double DirectArgument<double>::of(PyObject* argument) {
-  if (PyFloat_CheckExact(argument)) return PyFloat_AS_DOUBLE(argument);
-  if (!PyLong_CheckExact(argument)) throw NotDirect();
-  const double value = PyLong_AsDouble(argument);
+bool read_argument(PyObject* argument, int64_t& value) {
+  if (!PyLong_CheckExact(argument)) return false;
+  value = PyLong_AsLongLong(argument);
   if (value == -1 && PyErr_Occurred()) throw PythonError();
-  return value;
-}
-
-int64_t DirectArgument<int64_t>::of(PyObject* argument) {
-  if (!PyLong_CheckExact(argument)) throw NotDirect();
-  const int64_t value = PyLong_AsLongLong(argument);
-  if (value == -1 && PyErr_Occurred()) throw PythonError();
-  return value;
+  return true;
 }
 
 PyObject* direct_result(const DirectTensor& result) {
@@ -155,7 +177,8 @@ void define_direct(py::module_& m) {
   m.def(
       "open_direct",
       [](const py::object& exchange, std::vector<py::object> types, std::vector<py::object> observers,
-         py::object is_neg, py::object empty_like, py::object empty_strided, const std::vector<py::object>& dtypes) {
+         py::object is_cpu, py::object is_neg, py::object empty_like, py::object empty_strided, py::object copy_,
+         const std::vector<py::object>& dtypes) {
         const auto* const table =
             static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::capsule));
         if (!table) throw py::error_already_set();
@@ -163,17 +186,19 @@ void define_direct(py::module_& m) {
         python = new Python{table,
                             std::move(types),
                             std::move(observers),
+                            std::move(is_cpu),
                             std::move(is_neg),
                             std::move(empty_like),
                             std::move(empty_strided),
+                            std::move(copy_),
                             {{ScalarType::Half, dtypes.at(0)},
                              {ScalarType::BFloat16, dtypes.at(1)},
                              {ScalarType::Float, dtypes.at(2)},
                              {ScalarType::Double, dtypes.at(3)}}};
         return true;
       },
-      py::kw_only(), py::arg("exchange"), py::arg("types"), py::arg("observers"), py::arg("is_neg"),
-      py::arg("empty_like"), py::arg("empty_strided"), py::arg("dtypes"),
+      py::kw_only(), py::arg("exchange"), py::arg("types"), py::arg("observers"), py::arg("is_cpu"), py::arg("is_neg"),
+      py::arg("empty_like"), py::arg("empty_strided"), py::arg("copy_"), py::arg("dtypes"),
       "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
       "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
       "float16, bfloat16, float32 and float64.");
