@@ -20,7 +20,9 @@ _any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad"
 def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
 
-    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself and all else a subclass:
+    ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself, with the reference formulas
+    in place of kernels that are an argument, for the compiler to fuse with what surrounds them. All else gets a
+    subclass:
 
     - ``torch.func`` one with a rule for ``vmap``, through the Python part of ``Function.apply``, which unwraps what it
       has wrapped and costs a small tensor a tenth of its whole forward and backward;
@@ -46,7 +48,7 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
 
     def apply(*args: Any) -> Any:
         if is_compiling():
-            return function.apply(*args)
+            return function.apply(*[arg.reference if isinstance(arg, Kernels) else arg for arg in args])
         if torch._C._are_functorch_transforms_active():
             return transformed.apply(*args)
         if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
@@ -67,7 +69,7 @@ def is_transforming() -> bool:
 
 
 def implementation(kernels: Kernels) -> Kernels:
-    """Inside ``torch.compile`` the reference formulas, for the compiler to fuse with what surrounds them."""
+    """Of kernels that are no argument of a Function: inside ``torch.compile`` the reference formulas."""
     return kernels.reference if is_compiling() else kernels
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-from ._autograd import applier, bits, implementation, needs_graph, only
+from ._autograd import applier, bits, needs_graph, only
 from ._library import Kernels, compute_dtype
 
 _INTEGERS = {
@@ -165,7 +165,6 @@ class Transform(Function):
 
     @staticmethod
     def forward(raw: Tensor, lower: float, upper: float, kernels: Kernels, with_log_det: bool) -> Any:
-        kernels = implementation(kernels)
         return (kernels.forward_log_det if with_log_det else kernels.forward)(raw, lower, upper)
 
     @staticmethod
@@ -179,8 +178,11 @@ class Transform(Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         (raw,) = ctx.saved_tensors
-        compute = _transform_backward if needs_graph() else TransformBackward.forward
-        return compute(grad_x, grad_log_det, raw, ctx.lower, ctx.upper, ctx.kernels), None, None, None, None
+        if needs_graph():
+            grad = _transform_backward(grad_x, grad_log_det, raw, ctx.lower, ctx.upper, ctx.kernels)
+        else:
+            grad = ctx.kernels.backward(grad_x, grad_log_det, raw, ctx.lower, ctx.upper)
+        return grad, None, None, None, None
 
 
 def _transform_backward_jvp(
@@ -201,7 +203,7 @@ class TransformBackward(Function):
     def forward(
         grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tensor, lower: float, upper: float, kernels: Kernels
     ) -> Any:
-        return implementation(kernels).backward(grad_x, grad_log_det, raw, lower, upper)
+        return kernels.backward(grad_x, grad_log_det, raw, lower, upper)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -230,7 +232,6 @@ class TensorTransform(Function):
 
     @staticmethod
     def forward(raw: Tensor, lower: Tensor, upper: Tensor, kernels: Kernels, with_log_det: bool) -> Any:
-        kernels = implementation(kernels)
         return (kernels.forward_log_det_tensor if with_log_det else kernels.forward_tensor)(raw, lower, upper)
 
     @staticmethod
@@ -243,9 +244,11 @@ class TensorTransform(Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         wanted = ctx.needs_input_grad[:3]
-        compute = _tensor_transform_backward if needs_graph() else TensorTransformBackward.forward
         raw, lower, upper = ctx.saved_tensors
-        results = compute(grad_x, grad_log_det, raw, lower, upper, ctx.kernels, bits(wanted))
+        if needs_graph():
+            results = _tensor_transform_backward(grad_x, grad_log_det, raw, lower, upper, ctx.kernels, bits(wanted))
+        else:
+            results = ctx.kernels.backward_tensor(grad_x, grad_log_det, raw, lower, upper, bits(wanted))
         if not (wanted[1] or wanted[2]):  # mostly, and only() costs a small tensor as much as a kernel
             return results[0], None, None, None, None
         return *only(wanted, results), None, None
@@ -275,7 +278,7 @@ class TensorTransformBackward(Function):
         kernels: Kernels,
         needed: int,
     ) -> Any:
-        return implementation(kernels).backward_tensor(grad_x, grad_log_det, raw, lower, upper, needed)
+        return kernels.backward_tensor(grad_x, grad_log_det, raw, lower, upper, needed)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

@@ -35,7 +35,7 @@ from torch.autograd import Function
 from torch.nn.functional import logsigmoid
 
 from . import _library
-from ._autograd import applier, bits, implementation, needs_graph, only
+from ._autograd import applier, bits, needs_graph, only
 from ._library import Kernels, compute_dtype
 from ._rows import centered, shifted, smallest_positive
 
@@ -233,7 +233,6 @@ class Bijection(Function):
 
     @staticmethod
     def forward(raw: Tensor, dim: int, kernels: Kernels, with_log_det: bool) -> Any:
-        kernels = implementation(kernels)
         return (kernels.forward_log_det if with_log_det else kernels.forward)(raw, dim)
 
     @staticmethod
@@ -247,8 +246,11 @@ class Bijection(Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         (raw,) = ctx.saved_tensors
-        compute = _bijection_backward if needs_graph() else BijectionBackward.forward
-        return compute(grad_x, grad_log_det, raw, ctx.dim, ctx.kernels), None, None, None
+        if needs_graph():
+            grad = _bijection_backward(grad_x, grad_log_det, raw, ctx.dim, ctx.kernels)
+        else:
+            grad = ctx.kernels.backward(grad_x, grad_log_det, raw, ctx.dim)
+        return grad, None, None, None
 
 
 def _bijection_backward_jvp(
@@ -267,7 +269,7 @@ class BijectionBackward(Function):
 
     @staticmethod
     def forward(grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tensor, dim: int, kernels: Kernels) -> Tensor:
-        return implementation(kernels).backward(grad_x, grad_log_det, raw, dim)
+        return kernels.backward(grad_x, grad_log_det, raw, dim)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
