@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 import math
 import pickle
 import re
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import through_a_file
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.utils import parametrize
@@ -524,13 +524,6 @@ def test_lbfgs_trains_it() -> None:
 
 
 # --- Saving and copying -----------------------------------------------------------------------------------------------
-
-
-def through_a_file(state: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 @everywhere
