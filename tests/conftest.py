@@ -63,6 +63,16 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(params=["by device", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of operators: what the device chooses, and the reference."""
+    if request.param == "by device":
+        yield
+        return
+    with co.backend("reference"):
+        yield
+
+
 @pytest.fixture(params=[ProjectedAdam, ReparametrizedAdam])
 def kind(request: pytest.FixtureRequest) -> type[Any]:
     """Both optimizers."""

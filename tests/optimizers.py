@@ -9,7 +9,10 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Parameter
 
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
+
 UNIT = constraints.unit_interval
+OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
 
 
 def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
@@ -37,3 +40,17 @@ def same(some: list[Any], others: list[Any]) -> bool:
         return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else a == b
 
     return len(some) == len(others) and all(map(equal, some, others))
+
+
+def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Gradients whose sizes differ from element to element, so that no two are preconditioned alike."""
+    return (torch.randn(shape) * torch.logspace(-2, 1, shape[-1])).to(dtype)
+
+
+def set_grads(params: list[Any], like: list[Any] | None = None) -> None:
+    for i, p in enumerate(params):
+        p.grad = like[i].grad.clone() if like else noise(*p.shape, dtype=p.dtype)
+
+
+def copy_of(params: list[Parameter]) -> list[Parameter]:
+    return [Parameter(p.detach().clone()) for p in params]

@@ -2,99 +2,31 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import pickle
 import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from conftest import through_a_file
+from constrained_modules import (
+    LOWER,
+    UNIT,
+    UPPER,
+    Symmetric,
+    assert_unchanged,
+    constrained,
+    everywhere,
+    layer,
+    look,
+    train,
+)
 from torch import Tensor, nn
 from torch.distributions import constraints
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_ops as co
-
-UNIT = constraints.unit_interval
-LOWER, UPPER = torch.tensor([-1.0, 0.0, -math.inf]), torch.tensor([1.0, math.inf, 2.0])
-
-# constraint -> the module that it becomes, and a value inside, up to shape (3, 3)
-CONSTRAINTS: dict[str, tuple[Any, str, Tensor]] = {
-    "interval": (constraints.interval(-1.0, 2.0), "Bounded(lower=-1.0, upper=2.0)", torch.tensor(1.5)),
-    "unit_interval": (UNIT, "Bounded(lower=0.0, upper=1.0)", torch.tensor(0.25)),
-    "half_open_interval": (
-        constraints.half_open_interval(0, 3),
-        "Bounded(lower=0, upper=3)",
-        torch.tensor([0.0, 1.0, 2.0]),
-    ),
-    "positive": (constraints.positive, "Positive(lower=0.0, kind='softplus')", torch.tensor(3.0)),
-    "nonnegative": (constraints.nonnegative, "Positive(lower=0.0, kind='softplus')", torch.tensor([0.0, 1.0, 2.0])),
-    "greater_than": (constraints.greater_than(-2.0), "Positive(lower=-2.0, kind='softplus')", torch.tensor(-1.0)),
-    "less_than": (constraints.less_than(2.0), "Bounded(lower=-inf, upper=2.0)", torch.tensor(-30.0)),
-    "tensors": (
-        constraints.interval(LOWER, UPPER),
-        "Bounded(lower=tensor of shape (3,), upper=tensor of shape (3,))",
-        torch.tensor([0.0, 5.0, -5.0]),
-    ),
-    "one tensor": (
-        constraints.greater_than(torch.tensor([0.0, 1.0, 2.0])),
-        "Bounded(lower=tensor of shape (3,), upper=inf)",
-        torch.tensor(2.5),
-    ),
-    "simplex": (constraints.simplex, "Simplex(dim=-1, kind='softmax')", torch.tensor([0.5, 0.25, 0.25])),
-    "independent": (
-        constraints.independent(constraints.simplex, 1),
-        "Simplex(dim=-1, kind='softmax')",
-        torch.eye(3) * 0.7 + 0.1,
-    ),
-    "Bounded": (co.Bounded(-math.inf, math.inf), "Bounded(lower=-inf, upper=inf)", torch.tensor(-3.0)),
-    "Positive": (co.Positive(kind="exp"), "Positive(lower=0.0, kind='exp')", torch.tensor(3.0)),
-    "Simplex": (co.Simplex(0), "Simplex(dim=0, kind='softmax')", torch.tensor(1 / 3)),
-}
-everywhere = pytest.mark.parametrize(("constraint", "shown", "value"), CONSTRAINTS.values(), ids=CONSTRAINTS)
-
-
-class Symmetric(nn.Module):
-    def forward(self, raw: Tensor) -> Tensor:
-        return raw.triu() + raw.triu(1).T
-
-    def right_inverse(self, x: Tensor) -> Tensor:
-        return x.triu()
-
-
-def layer(value: Any = 0.5, dtype: torch.dtype = torch.float32, size: int = 3) -> Any:
-    module = nn.Linear(size, size, dtype=dtype)
-    with torch.no_grad():
-        module.weight.copy_(torch.as_tensor(value))
-    return module
-
-
-def constrained(constraint: Any = UNIT, value: Any = 0.5, **options: Any) -> Any:
-    return co.register_constraint(layer(value, **options), "weight", constraint)
-
-
-def train(module: Any, optimizer: Any, steps: int = 3) -> None:
-    """Towards a weight of 0.9."""
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (module.weight - 0.9).square().sum().backward()
-        optimizer.step()
-
-
-def look(module: nn.Module) -> Any:
-    """All that a failed registration must leave alone."""
-    values = {name: value.clone() for name, value in module.state_dict().items()}
-    return type(module), str(module), {name: id(p) for name, p in module.named_parameters()}, values
-
-
-def assert_unchanged(before: Any, module: nn.Module) -> None:
-    after = look(module)
-    assert after[:3] == before[:3]
-    torch.testing.assert_close(after[3], before[3], rtol=0, atol=0, equal_nan=True)
 
 
 class Count(TorchDispatchMode):
@@ -474,242 +406,3 @@ def test_parametrizations_move_to_another_module() -> None:
     parametrize.transfer_parametrizations_and_params(module, other)
     torch.testing.assert_close(other.weight, torch.full((3, 3), 0.25))
     assert parametrize.is_parametrized(other, "weight")
-
-
-# --- Optimizers -------------------------------------------------------------------------------------------------------
-
-ADAMS = [torch.optim.Adam, co.optim.ReparametrizedAdam, co.optim.ProjectedAdam]
-
-
-@pytest.mark.parametrize("kind", ADAMS)
-def test_an_optimizer_made_before_or_after(kind: Any) -> None:
-    before, after = layer(), layer()
-    early = kind(before.parameters(), lr=0.1)
-    for module in (before, after):
-        co.register_constraint(module, "weight", UNIT)
-    late = kind(after.parameters(), lr=0.1)
-    for module, optimizer in ((before, early), (after, late)):
-        train(module, optimizer, 50)
-    assert torch.equal(before.weight, after.weight)
-    torch.testing.assert_close(before.weight, torch.full((3, 3), 0.9), atol=0.05, rtol=0)
-
-
-@pytest.mark.parametrize("kind", ADAMS)
-def test_an_optimizer_in_use_follows_registration_and_removal(kind: Any) -> None:
-    """Its parameter changes its memory under it, twice."""
-    ours, theirs = layer(), layer()
-    optimizers = [kind(ours.parameters(), lr=0.1), torch.optim.Adam(theirs.parameters(), lr=0.1)]
-    for change in (
-        lambda module: module,
-        lambda module: co.register_constraint(module, "weight", constraints.interval(0.0, 2.0)),
-        lambda module: parametrize.remove_parametrizations(module, "weight"),
-    ):
-        for module, optimizer in zip((ours, theirs), optimizers, strict=True):
-            train(change(module), optimizer)
-        torch.testing.assert_close(ours.weight, theirs.weight, atol=1e-5, rtol=1e-5)
-
-
-def test_lbfgs_trains_it() -> None:
-    module = constrained()
-    optimizer = torch.optim.LBFGS([module.parametrizations.weight.original], max_iter=50)
-
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        loss = (module.weight - 0.9).square().sum()
-        loss.backward()
-        return loss
-
-    optimizer.step(closure)
-    torch.testing.assert_close(module.weight, torch.full((3, 3), 0.9), atol=1e-3, rtol=0)
-
-
-# --- Saving and copying -----------------------------------------------------------------------------------------------
-
-
-@everywhere
-def test_a_state_dict_goes_both_ways(constraint: Any, shown: str, value: Tensor) -> None:
-    """Into a module that is parametrized alike, and back to a plain one."""
-    module, other = constrained(copy.deepcopy(constraint), value), constrained(copy.deepcopy(constraint), value)
-    with torch.no_grad():
-        module.parametrizations.weight.original.normal_()
-    other.load_state_dict(through_a_file(module.state_dict()))
-    assert torch.equal(other.weight, module.weight)
-    wanted = module.weight.detach().clone()
-    parametrize.remove_parametrizations(module, "weight")
-    plain = nn.Linear(3, 3)
-    plain.load_state_dict(through_a_file(module.state_dict()))
-    assert torch.equal(plain.weight, wanted)
-
-
-def test_keys_of_a_state_dict() -> None:
-    raw = {"bias", "parametrizations.weight.original"}
-    assert set(constrained(UNIT).state_dict()) == raw
-    bounds = {"parametrizations.weight.0.lower", "parametrizations.weight.0.upper"}
-    assert set(constrained(constraints.interval(LOWER, UPPER), 0.5).state_dict()) == raw | bounds
-
-
-def test_a_checkpoint_of_a_plain_module_is_loaded_before_registration() -> None:
-    plain, module = layer(0.25), constrained()
-    with pytest.raises(RuntimeError, match=r'Missing key.*"parametrizations\.weight\.original"'):
-        module.load_state_dict(plain.state_dict())
-    module = layer()
-    module.load_state_dict(plain.state_dict())
-    co.register_constraint(module, "weight", UNIT)
-    torch.testing.assert_close(module.weight, torch.full((3, 3), 0.25))
-
-
-KEY = "parametrizations.weight.0.upper"
-
-
-@pytest.mark.parametrize("options", [{}, {"strict": False}, {"assign": True}], ids=str)
-def test_other_bounds_in_a_state_dict_are_an_error_and_do_not_arrive(options: dict[str, Any]) -> None:
-    saved = constrained(co.Bounded(0.0, torch.tensor([1.0, 2.0, 3.0]))).state_dict()
-    module = constrained(co.Bounded(0.0, torch.tensor([1.0, 4.0, 5.0])))
-    given = copy.deepcopy(saved)
-    message = f"{KEY} is 2.0 in the state_dict and 4.0 in the module, whose bounds are not loaded"
-    with pytest.raises(RuntimeError, match=re.escape(message)):
-        module.load_state_dict(saved, **options)
-    assert module.parametrizations.weight[0].upper.tolist() == [1.0, 4.0, 5.0]
-    assert all(torch.equal(saved[key], given[key]) for key in given)
-
-
-def test_ways_out_when_bounds_differ() -> None:
-    old = constrained(co.Bounded(0.0, torch.tensor(2.0)))
-    module = constrained(co.Bounded(0.0, torch.tensor(4.0)))
-    without = {key: value for key, value in old.state_dict().items() if key != KEY}
-    module.load_state_dict(without, strict=False)  # raw as it was: the value changes with the bound
-    torch.testing.assert_close(module.weight, 2 * old.weight)
-    module.parametrizations.weight[0].upper.fill_(2.0)  # the saved bound
-    module.load_state_dict(old.state_dict())
-    torch.testing.assert_close(module.weight, old.weight)
-    parametrize.remove_parametrizations(module, "weight")  # and then the new one: the value stays
-    co.register_constraint(module, "weight", co.Bounded(0.0, torch.tensor(4.0)))
-    torch.testing.assert_close(module.weight, old.weight)
-
-
-def test_a_bound_that_was_rounded_to_another_dtype_is_the_same() -> None:
-    bound = torch.tensor([0.7, 0.8, 0.9])
-    for here, there in ((torch.float32, torch.bfloat16), (torch.bfloat16, torch.float32)):
-        saved = constrained(co.Bounded(0.0, bound)).to(there).state_dict()
-        module = constrained(co.Bounded(0.0, bound)).to(here)
-        own = module.parametrizations.weight[0].upper.clone()
-        module.load_state_dict(saved)
-        assert own.dtype == here
-        assert torch.equal(module.parametrizations.weight[0].upper, own)
-
-
-def test_a_bound_of_another_shape_is_pytorchs_error() -> None:
-    saved = constrained(co.Bounded(0.0, torch.ones(3, 3))).state_dict()
-    with pytest.raises(RuntimeError, match=f"size mismatch for {re.escape(KEY)}"):
-        constrained(co.Bounded(0.0, torch.ones(3))).load_state_dict(saved)
-
-
-@pytest.mark.parametrize("bound", [nn.Parameter(torch.tensor(1.0)), torch.tensor(1.0, requires_grad=True)], ids=type)
-def test_a_bound_that_is_learned_is_loaded(bound: Tensor) -> None:
-    module, twin = constrained(co.Bounded(0.0, bound)), constrained(co.Bounded(0.0, nn.Parameter(torch.tensor(3.0))))
-    module.load_state_dict(twin.state_dict())
-    assert bound.item() == 3.0
-    torch.testing.assert_close(module.weight, twin.weight)
-
-
-def test_bounds_are_copies_of_what_was_given() -> None:
-    """Two modules, their optimizers and the caller may have been given one tensor."""
-    bound = torch.tensor([1.0, 2.0, 3.0])
-    one, other = constrained(co.Bounded(0.0, bound)), constrained(constraints.interval(0.0, bound))
-    one.parametrizations.weight[0].upper.mul_(2)
-    assert bound.tolist() == other.parametrizations.weight[0].upper.tolist() == [1.0, 2.0, 3.0]
-    torch.testing.assert_close(one.weight, 2 * other.weight)
-
-
-def test_deepcopy_goes_its_own_way() -> None:
-    module = constrained(constraints.interval(LOWER, UPPER))
-    twin = copy.deepcopy(module)
-    assert torch.equal(twin.weight, module.weight)
-    before = look(module)
-    train(twin, torch.optim.SGD(twin.parameters(), lr=1.0))
-    twin.parametrizations.weight[0].lower.fill_(-5.0)
-    assert_unchanged(before, module)
-    assert not torch.allclose(twin.weight, module.weight)
-    parametrize.remove_parametrizations(twin, "weight")
-    assert parametrize.is_parametrized(module)
-
-
-def test_pickling_is_pytorchs_refusal() -> None:
-    with pytest.raises(RuntimeError, match=r"only supported through state_dict\(\)"):
-        pickle.dumps(constrained())
-
-
-def test_the_model_changes_its_dtype() -> None:
-    module = constrained(constraints.interval(torch.zeros(3), 1.0), 0.25).double()
-    assert module.weight.dtype == torch.float64
-    torch.testing.assert_close(module.weight, torch.full((3, 3), 0.25, dtype=torch.float64), atol=1e-6, rtol=0)
-    assert module.bfloat16().weight.dtype == torch.bfloat16
-
-
-# --- Autocast, compilers, torch.func ----------------------------------------------------------------------------------
-
-SOME = ["interval", "tensors", "positive", "Positive", "simplex"]
-some = pytest.mark.parametrize(("constraint", "shown", "value"), [CONSTRAINTS[name] for name in SOME], ids=SOME)
-
-
-@some
-def test_autocast(constraint: Any, shown: str, value: Tensor) -> None:
-    """As for a plain layer of the same weight: the product is rounded, the weight and its gradient are not."""
-    module = constrained(constraint, value)
-    plain = layer(module.weight.detach())
-    plain.load_state_dict({"weight": module.weight.detach(), "bias": module.bias.detach()})
-    x = torch.randn(4, 3)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        outputs = [each(x) for each in (module, plain)]
-        assert module.weight.dtype == torch.float32
-        for y in outputs:
-            y.float().square().sum().backward()
-    assert outputs[0].dtype == torch.bfloat16
-    assert torch.equal(*outputs)
-    raw = module.parametrizations.weight.original
-    (expected,) = torch.autograd.grad(module.weight, raw, plain.weight.grad)
-    assert raw.grad.dtype == torch.float32
-    torch.testing.assert_close(raw.grad, expected)
-
-
-@some
-def test_compile_in_one_graph(constraint: Any, shown: str, value: Tensor) -> None:
-    torch._dynamo.reset()
-    module, x = constrained(constraint, value), torch.randn(4, 3)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    outcomes = []
-    for each in (module, compiled):
-        module.zero_grad()
-        y = each(x)
-        y.square().sum().backward()
-        outcomes.append([y.detach(), *(p.grad.clone() for p in module.parameters())])
-    for got, want in zip(*outcomes, strict=True):
-        torch.testing.assert_close(got, want)
-
-
-@pytest.mark.parametrize("strict", [True, False])
-@some
-def test_export(constraint: Any, shown: str, value: Tensor, strict: bool) -> None:
-    module, x = constrained(constraint, value), torch.randn(4, 3)
-    exported = torch.export.export(module, (x,), strict=strict)
-    torch.testing.assert_close(exported.module()(x), module(x))
-    with torch.no_grad():
-        module.parametrizations.weight.original.zero_()
-    again = exported.module()
-    again.load_state_dict(module.state_dict(), strict=False)
-    torch.testing.assert_close(again(x), module(x))
-
-
-def test_functional_call_takes_raws_from_outside() -> None:
-    module, x = constrained(), torch.randn(4, 3)
-    raws = torch.randn(5, 3, 3)
-
-    def loss(raw: Tensor) -> Tensor:
-        return torch.func.functional_call(module, {"parametrizations.weight.original": raw}, x).square().sum()
-
-    grads = torch.func.vmap(torch.func.grad(loss))(raws)
-    for raw, grad in zip(raws, grads, strict=True):
-        leaf = raw.clone().requires_grad_()
-        weight = co.bounded(leaf, 0.0, 1.0)
-        (expected,) = torch.autograd.grad(nn.functional.linear(x, weight, module.bias.detach()).square().sum(), leaf)
-        torch.testing.assert_close(grad, expected)
