@@ -1,4 +1,4 @@
-"""What the compiled steps, on whatever device, have to know of a slot: see ``csrc/step.h``."""
+"""What the compiled plans, on whatever device, share: what to know of a slot (``csrc/step.h``), and its memory."""
 
 from __future__ import annotations
 
