@@ -274,6 +274,27 @@ def test_a_state_of_another_shape_changes_nothing(kind: type[Any]) -> None:
     assert same(before, everything(optimizer))
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("exp_avg", None, "exp_avg must be a Tensor, got None"),
+        ("exp_avg_sq", 1.0, "exp_avg_sq must be a Tensor, got 1.0"),
+        ("step", "1", "step must be one number, got '1'"),
+        ("step", torch.ones(2), "step must be one number, got tensor([1., 1.])"),
+    ],
+)
+def test_a_state_of_another_type_changes_nothing(kind: type[Any], name: str, value: Any, message: str) -> None:
+    p, q = Parameter(torch.rand(4)), Parameter(torch.rand(3))
+    optimizer = kind([p, q], constraint=UNIT)
+    run(optimizer, 1)
+    good, optimizer.state[q][name] = optimizer.state[q][name], value
+    before = [t.detach().clone() for t in (p, q, *optimizer.state[p].values())]
+    rejects(TypeError, f"{kind.__name__}: parameter 1 of group 0: its state {message}", lambda: run(optimizer, 1))
+    assert same(before, [p, q, *optimizer.state[p].values()])
+    optimizer.state[q][name] = good
+    run(optimizer, 1)
+
+
 def test_a_new_constraint_that_does_not_fit_changes_nothing() -> None:
     p = Parameter(torch.full((4,), 0.9))
     optimizer = ReparametrizedAdam([p], constraint=UNIT)

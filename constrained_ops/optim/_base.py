@@ -77,7 +77,7 @@ class ConstrainedAdam(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse.
-            TypeError: a gradient is not of its parameter's dtype, or an option of a group not of its type.
+            TypeError: a gradient is not of its parameter's dtype, or an option or state not of its type.
             ValueError: an option is out of range, a parameter was moved out of its constraint
                 (``ReparametrizedAdam``), or its state has another shape. All of this before anything is written.
         """
@@ -298,9 +298,14 @@ class ConstrainedAdam(Optimizer):
     def _check_state(self, i: int, j: int) -> None:
         p = self._param(i, j)
         for name, value in self.state.get(p, {}).items():
-            if name in (*MOMENTS, "raw") and value.shape != p.shape:
-                shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                raise ValueError(f"{self._where(i, j)}: its state {name} has shape {shapes}")
+            if name in (*MOMENTS, "raw"):
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{self._where(i, j)}: its state {name} must be a Tensor, got {value!r}")
+                if value.shape != p.shape:
+                    shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                    raise ValueError(f"{self._where(i, j)}: its state {name} has shape {shapes}")
+            elif name == "step" and not _is_step(value):
+                raise TypeError(f"{self._where(i, j)}: its state step must be one number, got {value!r}")
 
     def _state_dtype(self, i: int, j: int) -> torch.dtype:
         """Of the moments. raw is kept in the compute dtype in any case."""
@@ -420,6 +425,10 @@ def _hyper(op: str, i: int, group: dict[str, Any]) -> Hyper:
     if metric not in ("adam", "euclidean"):
         raise ValueError(f"{op}: metric of group {i} must be 'adam' or 'euclidean', got {metric!r}")
     return Hyper(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, amsgrad, metric)
+
+
+def _is_step(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else value is None or isinstance(value, _NUMBER)
 
 
 def _step_counter(group: dict[str, Any], p: Tensor, value: Any) -> Tensor:
