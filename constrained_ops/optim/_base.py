@@ -63,7 +63,7 @@ class ConstrainedAdam(Optimizer):
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._prepared: Prepared | None = None
         self._hypers: list[Hyper] = []
-        self._options: list[Any] = []  # behind _hypers; none if one may change within its object
+        self._looked_at: list[Any] = []  # for _hypers: the groups' values, or none if one may change in itself
         self._bindings: dict[Tensor, Binding] = {}
         self._loading: dict[str, Any] | None = None
         self._in_graphs: list[Any] = []  # see Plan
@@ -99,7 +99,7 @@ class ConstrainedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        hyper = self._hypers if same_values(self.param_groups, self._options) else self._look_at_options()
+        hyper = self._hypers if same_values(self.param_groups, self._looked_at) else self._look_at_options()
         found_inf = getattr(self, "found_inf", None)
         if found_inf is not None and not all(group["capturable"] for group in self.param_groups):
             if found_inf.item():
@@ -125,7 +125,7 @@ class ConstrainedAdam(Optimizer):
             hypers.append(_hyper(op, i, group))
             lasting = lasting and hypers[i].lr is group["lr"] and isinstance(group["betas"], tuple)
         self._hypers = hypers
-        self._options = list(chain.from_iterable(map(dict.values, groups))) if lasting else []
+        self._looked_at = list(chain.from_iterable(map(dict.values, groups))) if lasting else []
         return hypers
 
     @torch.no_grad()
@@ -357,7 +357,7 @@ class ConstrainedAdam(Optimizer):
         own = [{key: group[key] for key in OWN if key in group} for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._prepared, self._bindings = None, {}
-        self._hypers, self._options = [], []
+        self._hypers, self._looked_at = [], []
         self.__dict__.setdefault("_in_graphs", [])
         loading = self.__dict__.setdefault("_loading", None)
         if loading is None:
