@@ -64,7 +64,7 @@ def of_step(about: str, kind: type[Any], shape: Sequence[int], constraint: Any) 
     p.grad = torch.randn_like(p)
     optimizer = kind([p], lr=1e-4, constraint=constraint)
     optimizer.step()
-    tensors = 7 if kind is co.optim.ProjectedAdam else 8  # x, m, v there and back, gradient; x only there, but raw
+    tensors = 7 if kind is co.optim.ProjectedAdam else 8  # x, g, m, v -> x, m, v;  raw, g, m, v -> raw, x, m, v
     return Case(f"step {about}", optimizer.step, tensors * distinct_bytes([p]))
 
 

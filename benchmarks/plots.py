@@ -55,7 +55,6 @@ FAMILIES = (
     Family("step_simplex", "ProjectedAdam, simplex\nwhole step", rows=True),
 )
 
-
 CEILING = {  # jobs in that picture
     "bounded_forward": "bounded, forward",
     "bounded": "bounded, forward + backward",
@@ -375,6 +374,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     rows = read(args.results)
     if not rows:
+        print(f"{args.results} has no results", file=sys.stderr)
         return 1
     jobs = unique(rows, "job")
     families = [family for family in FAMILIES if family.job in jobs] or [Family(job, job) for job in jobs]

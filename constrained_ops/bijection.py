@@ -117,12 +117,7 @@ def _ilr_backward(grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tenso
 
 
 def _ilr_double_backward(
-    along_raw: Tensor,
-    grad_x: Tensor | None,
-    grad_log_det: Tensor | None,
-    raw: Tensor,
-    dim: int,
-    needed: int = 7,
+    along_raw: Tensor, grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tensor, dim: int, needed: int = 7
 ) -> tuple[Tensor, Tensor, Tensor]:
     z, b = _logits(raw, dim), _logits(along_raw, dim)
     x, size = torch.softmax(z, dim), z.shape[dim]
@@ -173,12 +168,7 @@ def _stick_breaking_backward(grad_x: Tensor | None, grad_log_det: Tensor | None,
 
 
 def _stick_breaking_double_backward(
-    along_raw: Tensor,
-    grad_x: Tensor | None,
-    grad_log_det: Tensor | None,
-    raw: Tensor,
-    dim: int,
-    needed: int = 7,
+    along_raw: Tensor, grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tensor, dim: int, needed: int = 7
 ) -> tuple[Tensor, Tensor, Tensor]:
     sticks, length = _Sticks(raw, dim), raw.shape[dim]
     g, h = _grads(grad_x, grad_log_det, raw, dim)

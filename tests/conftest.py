@@ -9,6 +9,7 @@ is tested there, Triton compiles, and the real CUDA kernels run beside the emula
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +27,7 @@ import emulation  # noqa: E402
 
 import constrained_ops as co  # noqa: E402
 from constrained_ops import _library  # noqa: E402
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam  # noqa: E402
 
 GPU = "cuda" if DEVICE == "cpu" else DEVICE  # the one that there is, or would be
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
@@ -59,6 +61,29 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
     name, device = request.param
     with co.backend(name), torch.device(device):
         yield name
+
+
+@pytest.fixture(params=["by device", "reference"])
+def implementation(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Of operators: what the device chooses, and the reference."""
+    if request.param == "by device":
+        yield
+        return
+    with co.backend("reference"):
+        yield
+
+
+@pytest.fixture(params=[ProjectedAdam, ReparametrizedAdam])
+def kind(request: pytest.FixtureRequest) -> type[Any]:
+    """Both optimizers."""
+    return request.param
+
+
+def through_a_file(state: Any) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
 
 
 def moved(t: Tensor, device: str) -> Tensor:

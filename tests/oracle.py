@@ -12,6 +12,8 @@ import torch
 from mpmath import mpf
 from torch import Tensor
 
+from constrained_ops._library import compute_dtype
+
 DIGITS = 50
 INF = math.inf
 
@@ -260,6 +262,11 @@ def ulp(x: Tensor, dtype: torch.dtype) -> Tensor:
     info = torch.finfo(dtype)
     exponent = torch.frexp(x.double().abs())[1] - 1
     return torch.ldexp(torch.full_like(x, info.eps, dtype=torch.float64), exponent).clamp(min=smallest_subnormal(dtype))
+
+
+def held(bound: float, dtype: torch.dtype) -> float:
+    """A bound as operators on ``dtype`` see it."""
+    return torch.tensor(bound, dtype=compute_dtype(dtype)).item()
 
 
 def smallest_subnormal(dtype: torch.dtype) -> float:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from conftest import DEVICE
+from conftest import DEVICE, through_a_file
 from scipy.optimize import minimize
 from test_selective_gradients import Kernels
 from torch import Tensor, nn
@@ -259,12 +258,8 @@ def test_load_writes_all_but_the_frozen() -> None:
 def test_theta_survives_saving_and_a_new_model() -> None:
     _, flat = flat_model()
     theta = torch.randn(flat.numel, dtype=F64, device=DEVICE)
-    file = io.BytesIO()
-    torch.save(theta, file)
-    file.seek(0)
     other = co.FlatParameters(Model(), CONSTRAINTS)
-    loaded = torch.load(file, weights_only=True)
-    for name, x in other.constrain(loaded).items():
+    for name, x in other.constrain(through_a_file(theta)).items():
         assert torch.equal(x, flat.constrain(theta)[name])
 
 

@@ -6,151 +6,38 @@ layouts is in test_properties.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from drawn import (
+    INF,
+    agree,
+    both_bounds,
+    dtypes,
+    failed,
+    fuzz,
+    layouts,
+    numbers,
+    on_both,
+    ordinary,
+    row_shapes,
+    seeds,
+    shapes,
+    stays,
+)
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import smallest_subnormal
 from torch import Tensor
 from torch.autograd import grad
-from torch.nn import Parameter
 
 import constrained_ops as co
 from constrained_ops import _library
 from constrained_ops._checks import inside
 from constrained_ops._library import compute_dtype
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
 
-INF, NAN = math.inf, math.nan
-DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 pytestmark = pytest.mark.skipif(not _library.has_cpu_library, reason="the compiled library is missing")
-fuzz = settings(derandomize=True, database=None, deadline=None, max_examples=200)
-
-seeds = st.integers(0, 2**31)
-dtypes = st.sampled_from(DTYPES)
-# From 0 dimensions and none of a size up to several hundred elements.
-shapes = st.one_of(
-    st.lists(st.integers(0, 6), max_size=4).map(tuple),
-    st.tuples(st.integers(1, 9), st.integers(1, 70)),
-    st.tuples(st.integers(1, 300)),
-    st.tuples(st.integers(1, 3), st.integers(1, 8), st.integers(1, 40)),
-)
-
-
-# --- Numbers and layouts ----------------------------------------------------------------------------------------------
-
-
-def ordinary(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    return torch.randn(shape, generator=g, dtype=torch.float64) * 3
-
-
-def any_magnitude(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    """Exponents far beyond those of 16 bits; what a dtype cannot hold becomes 0 or infinite in it."""
-    exponent = torch.rand(shape, generator=g, dtype=torch.float64) * 90 - 50
-    return torch.randn(shape, generator=g, dtype=torch.float64) * 10**exponent
-
-
-def special(shape: tuple[int, ...], g: torch.Generator) -> Tensor:
-    several = [
-        NAN,
-        INF,
-        -INF,
-        0.0,
-        -0.0,
-        1.0,
-        -1.0,
-        65504.0,
-        -3.38e38,
-        1.79e308,
-        6e-8,
-        -1e-45,
-        17.0,
-        -88.0,
-        104.0,
-        -709.0,
-    ]
-    which = torch.randint(0, 2 * len(several), shape, generator=g)
-    values = torch.tensor([*several, *[0.5] * len(several)], dtype=torch.float64)[which]
-    return torch.where(which < len(several), values, ordinary(shape, g))
-
-
-NUMBERS = [ordinary, any_magnitude, special]
-
-
-def contiguous(t: Tensor) -> Tensor:
-    return t.clone()
-
-
-def permuted(t: Tensor) -> Tensor:
-    backwards = tuple(reversed(range(t.dim())))
-    return t.permute(backwards).clone(memory_format=torch.contiguous_format).permute(backwards)
-
-
-def sliced(t: Tensor) -> Tensor:
-    if t.dim() == 0:
-        return t.clone()
-    spacious = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), NAN, dtype=t.dtype)
-    spacious[..., 1::2] = t
-    return spacious[..., 1::2]
-
-
-def expanded(t: Tensor) -> Tensor:
-    """Along its first dimension; other numbers than those of ``t``."""
-    return t[:1].clone().expand(t.shape) if t.dim() and t.shape[0] else t.clone()
-
-
-def unaligned(t: Tensor) -> Tensor:
-    spacious = torch.full((t.numel() + 1,), NAN, dtype=t.dtype)
-    spacious[1:] = t.reshape(-1)
-    return spacious[1:].view(t.shape)
-
-
-LAYOUTS = [contiguous, permuted, sliced, expanded, unaligned]
-layouts = st.sampled_from(LAYOUTS)
-numbers = st.sampled_from(NUMBERS)
-
-
-def agree(got: Tensor, want: Tensor, tolerance: Tensor | float, what: str) -> None:
-    """Equal where either is not finite, elsewhere within the tolerance and what 16 bits round."""
-    assert got.shape == want.shape and got.dtype == want.dtype, what
-    held = torch.finfo(want.dtype)
-    got, want = got.detach().double(), want.detach().double()
-    # Rounding may decide whether a number next to the largest one is infinite.
-    edge = torch.minimum(got.abs(), want.abs()) >= held.max * (1 - 4 * held.eps)
-    same = (got == want) | (got.isnan() & want.isnan()) | (edge & (got.sign() == want.sign()))
-    rounding = held.eps if held.bits == 16 else 0.0
-    allowed = tolerance + rounding * want.abs() + 2 * held.smallest_normal * held.eps
-    wrong = ~(same | ((got - want).abs() <= allowed))
-    assert not wrong.any(), (
-        f"{what}: {int(wrong.sum())} of {wrong.numel()}, got {got[wrong][0]!r}, want {want[wrong][0]!r}"
-    )
-
-
-def on_both(call: Callable[[], Any]) -> tuple[Any, Any]:
-    """What it gives on the compiled library and on the reference; errors, which must be the documented ones, alike."""
-    results: list[Any] = []
-    for backend in ("cpu", "reference"):
-        with co.backend(backend):
-            try:
-                results.append(call())
-            except (ValueError, TypeError) as error:
-                results.append((type(error), str(error)))
-    return results[0], results[1]
-
-
-def failed(result: Any) -> bool:
-    return isinstance(result, tuple) and isinstance(result[0], type)
-
-
-def stays(t: Tensor) -> Callable[[], bool]:
-    """Whether ``t``, and what lies around it in memory, is still what it was."""
-    whole = torch.empty(0, dtype=t.dtype).set_(t.untyped_storage())
-    before = whole.clone()
-    return lambda: torch.equal(whole.nan_to_num(7.5), before.nan_to_num(7.5))
 
 
 # --- Elementwise ------------------------------------------------------------------------------------------------------
@@ -185,12 +72,6 @@ def elementwise(draw: st.DrawFn) -> tuple[str, Tensor, Any, Any, bool]:
     if transform == "exp" and isinstance(lower, Tensor):
         lower = lower.clamp(min=-1e30)  # there is nothing above an infinitely low one
     return transform, raw, lower, upper if transform == "bounded" else INF, draw(st.booleans())
-
-
-def both_bounds(raw: Tensor, lower: Any, upper: Any) -> tuple[Tensor, ...]:
-    """In raw's shape and compute dtype."""
-    whole = (b.detach() if isinstance(b, Tensor) else torch.tensor(b, dtype=torch.float64) for b in (lower, upper))
-    return tuple(b.to(compute_dtype(raw.dtype)).expand(raw.shape) for b in whole)
 
 
 def apply(transform: str, raw: Tensor, lower: Any, upper: Any, log_det: bool) -> Any:
@@ -304,8 +185,6 @@ def test_inverse_of_the_simplex(shape: Any, seed: int, dtype: torch.dtype, layou
 
 # --- Rows -------------------------------------------------------------------------------------------------------------
 
-row_shapes = shapes.filter(lambda s: all(s))
-
 
 @fuzz
 @given(row_shapes, st.integers(0, 3), seeds, dtypes, layouts, layouts, numbers)
@@ -400,156 +279,3 @@ def test_project_simplex(case: tuple[Tensor, int, float, Tensor | None], seed: i
     supports = rows(((y > 0) != (y_want > 0)).double()) == 0
     g = (grad_y.double().abs().amax(dim, keepdim=True) if x.dim() else grad_y.double().abs()).expand(x.shape)
     agree(got[1][whole & supports], want[1][whole & supports], (32 * eps * g)[whole & supports], "projection, backward")
-
-
-# --- Optimizers -------------------------------------------------------------------------------------------------------
-
-
-@st.composite
-def parameters(draw: st.DrawFn) -> tuple[Tensor, Any]:
-    """A start, and a constraint that it fulfils."""
-    shape, dtype, layout = (
-        draw(row_shapes),
-        draw(dtypes),
-        draw(st.sampled_from([contiguous, permuted, sliced, unaligned])),
-    )
-    g = torch.Generator().manual_seed(draw(seeds))
-    start = torch.rand(shape, generator=g, dtype=torch.float64)
-    kind = draw(st.sampled_from(["none", "interval", "lower", "upper", "tensors", "exp", "simplex", "tiny", "huge"]))
-    huge = 1e4 if dtype == torch.float16 else 1e30
-    if kind == "simplex":
-        dim = draw(st.integers(0, 3)) % len(shape) if shape else 0
-        start = torch.softmax(start * 3, dim) if shape else torch.ones(())
-        return layout(start.to(dtype)), co.Simplex(dim)
-    if kind == "tensors":
-        ends = [torch.where(torch.rand(shape, generator=g) < 0.3, INF, 2.0 + i) for i in range(2)]
-        return layout(start.to(dtype)), co.Bounded(-ends[0], ends[1])
-    given = {
-        "none": None,
-        "interval": co.Bounded(-0.5, 1.5),
-        "lower": co.Positive(-1.0),
-        "upper": co.Bounded(-INF, 1.25),
-        "exp": co.Positive(-1.0, kind="exp"),
-        "tiny": co.Bounded(-1e-3, 1e-3),
-        "huge": co.Bounded(-huge, huge),
-    }
-    start = start * {"tiny": 1e-3, "huge": huge / 2}.get(kind, 1.0)
-    return layout(start.to(dtype)), given[kind]
-
-
-options = st.fixed_dictionaries(
-    {
-        "lr": st.sampled_from([0.0, 1e-3, 0.1, 10.0]),
-        "betas": st.sampled_from([(0.9, 0.999), (0.0, 0.0), (0.5, 0.9)]),
-        "eps": st.sampled_from([1e-8, 1e-2]),
-        "weight_decay": st.sampled_from([0.0, 0.1]),
-        "decoupled_weight_decay": st.booleans(),
-        "amsgrad": st.booleans(),
-        "maximize": st.booleans(),
-    }
-)
-gradients = st.tuples(layouts, st.sampled_from([ordinary, ordinary, any_magnitude, special]), seeds) | st.none()
-
-
-def pair_of(kind: type[Any], chosen: list[tuple[Tensor, Any]], groups: list[dict[str, Any]]) -> list[Any]:
-    """Two optimizers over equal parameters."""
-    return [
-        kind(
-            [
-                {"params": [Parameter(start.clone())], "constraint": given, **o}
-                for (start, given), o in zip(chosen, groups, strict=True)
-            ]
-        )
-        for _ in range(2)
-    ]
-
-
-def leaves(optimizer: Any) -> list[Any]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def everything(optimizer: Any) -> list[Tensor]:
-    state = [t for p in leaves(optimizer) for t in optimizer.state.get(p, {}).values()]
-    return [t.detach().clone() for t in (*leaves(optimizer), *state)]
-
-
-def in_its_set(p: Tensor, given: Any, strictly: bool, total: float = 1.0) -> Tensor:
-    """Where p is in its constraint; NaN is not."""
-    x = p.detach()
-    if given is None:
-        return ~x.isnan()
-    record = given.record()
-    if isinstance(given, co.Simplex):
-        rows = x.double().sum(record.dim, keepdim=True) if x.dim() else x.double()
-        return (x > 0 if strictly else x >= 0) & ((rows - total).abs() <= 1e-5 + 8 * torch.finfo(x.dtype).eps)
-    low, high = both_bounds(x, record.lower, record.upper)
-    if strictly:
-        return (x > low) & (x < high)
-    return (x >= low.to(x.dtype)) & (x <= high.to(x.dtype))
-
-
-@settings(fuzz, max_examples=150)
-@given(
-    st.sampled_from([ProjectedAdam, ReparametrizedAdam]),
-    st.lists(st.tuples(parameters(), options, st.tuples(gradients, gradients)), min_size=1, max_size=4),
-    st.sampled_from([None, "sparse", "state", "outside"]),
-    st.integers(0, 3),
-)
-def test_optimizers(kind: type[Any], drawn: list[Any], fault: str | None, at: int) -> None:
-    chosen, groups = [each[0] for each in drawn], [each[1] for each in drawn]
-    pair = pair_of(kind, chosen, groups)
-    at %= len(drawn)
-    clean = [True] * len(drawn)  # whether all gradients so far were ordinary numbers
-    for t in range(2):
-        grads = []
-        for i, (start, _) in enumerate(chosen):
-            how = drawn[i][2][t]
-            if how is None:
-                grads.append(None)
-                continue
-            layout, number, seed = how
-            clean[i] &= number is ordinary
-            grads.append(layout(number(tuple(start.shape), torch.Generator().manual_seed(seed)).to(start.dtype)))
-        untouched = [stays(g) for g in grads if g is not None]
-        before = [p.detach().clone() for p in leaves(pair[0])]
-        for backend, optimizer in zip(("cpu", "reference"), pair, strict=True):
-            for p, g in zip(leaves(optimizer), grads, strict=True):
-                p.grad = g
-            with co.backend(backend):
-                optimizer.step()
-        assert all(check() for check in untouched)
-        for i, (p, q) in enumerate(zip(*map(leaves, pair), strict=True)):
-            given = chosen[i][1]
-            if grads[i] is None:
-                assert torch.equal(p.nan_to_num(7.5), before[i].nan_to_num(7.5))
-            if clean[i] and (grads[i] is not None or t == 0):
-                held = in_its_set(p, given, kind is ReparametrizedAdam and grads[i] is not None)
-                assert held.all(), (p, given)
-                scale = 1.0
-                if isinstance(given, co.Bounded) and all(isinstance(b, float) for b in (given.lower, given.upper)):
-                    scale = max((abs(b) for b in (given.lower, given.upper) if math.isfinite(b)), default=1.0)
-                sixteen = torch.finfo(p.dtype).bits == 16
-                loose = 64 * torch.finfo(p.dtype).eps * (1 if sixteen else 64)
-                tolerance = loose * (q.detach().double().abs() + scale + groups[i]["lr"])
-                agree(p.detach(), q.detach(), tolerance, f"{kind.__name__}, {given}")
-
-    optimizer = pair[0]
-    p, given = leaves(optimizer)[at], chosen[at][1]
-    for q in leaves(optimizer):
-        q.grad = torch.ones_like(q)
-    error: type[Exception] = ValueError
-    if fault == "sparse" and p.dim():
-        p.grad, error = torch.ones(p.shape, dtype=p.dtype).to_sparse(), RuntimeError
-    elif fault == "state" and optimizer.state.get(p):
-        optimizer.state[p]["exp_avg"] = torch.zeros(7, 1, 1, 1, 1, 1)
-    elif fault == "outside" and kind is ReparametrizedAdam and given is not None:
-        with torch.no_grad():
-            p.fill_(NAN)
-    else:
-        return
-    saved = everything(optimizer)
-    with co.backend("cpu"), pytest.raises(error):
-        optimizer.step()
-    assert all(
-        torch.equal(a.nan_to_num(7.5), b.nan_to_num(7.5)) for a, b in zip(saved, everything(optimizer), strict=True)
-    )

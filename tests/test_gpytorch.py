@@ -118,6 +118,9 @@ def test_bounds_that_are_none() -> None:
         for package in (ours, theirs):
             with pytest.raises(ValueError, match="bounds"):
                 package.Interval(*bounds)
+    got = "^Interval: bounds must be finite, got lower_bound=0.0 and upper_bound=inf; "
+    with pytest.raises(ValueError, match=got):
+        ours.Interval(0.0, math.inf)
 
 
 def test_repr_is_gpytorchs(make: Any) -> None:

@@ -1,4 +1,4 @@
-"""Where the optimizers go, step by step: against torch.optim.Adam, against an oracle in float64, and to the optimum."""
+"""Where the optimizers go, step by step: against torch.optim.Adam and against an oracle in float64."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from adam import Adam, project_by_sorting
+from optimizers import OPTIMIZERS, copy_of, noise, set_grads
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Parameter
@@ -17,7 +18,6 @@ import constrained_ops as co
 from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
 from constrained_ops.optim._reference import FLOOR
 
-OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -47,20 +47,6 @@ def options(request: pytest.FixtureRequest) -> dict[str, Any]:
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
-
-
-def noise(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Gradients whose sizes differ from element to element, so that no two are preconditioned alike."""
-    return (torch.randn(shape) * torch.logspace(-2, 1, shape[-1])).to(dtype)
-
-
-def set_grads(params: list[Any], like: list[Any] | None = None) -> None:
-    for i, p in enumerate(params):
-        p.grad = like[i].grad.clone() if like else noise(*p.shape, dtype=p.dtype)
-
-
-def copy_of(params: list[Parameter]) -> list[Parameter]:
-    return [Parameter(p.detach().clone()) for p in params]
 
 
 def close(got: Tensor, want: Tensor, ulps: float, scale: float = 0.0) -> None:
@@ -226,77 +212,6 @@ def test_a_coordinate_that_never_saw_a_gradient_does_not_absorb_all() -> None:
     torch.testing.assert_close(p.detach().double(), y + u * 0.03 / u.sum(), atol=1e-6, rtol=0)
 
 
-# --- Optima are fixed points ------------------------------------------------------------------------------------------
-
-PROBLEMS, SIZE = 24, 10
-
-
-def quadratics(box: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Random (Q, c, optimum) of 1/2 x'Qx + c'x over the simplex or [0, 1]: c is what makes the optimum one (KKT)."""
-    a = torch.randn(PROBLEMS, SIZE, SIZE, dtype=torch.float64) * 10 ** torch.rand(PROBLEMS, 1, SIZE).double()
-    q = a.mT @ a / SIZE + 0.1 * torch.eye(SIZE, dtype=torch.float64)
-    inside, rise = torch.rand(PROBLEMS, SIZE) < 0.5, torch.rand(PROBLEMS, SIZE).double() * 3
-    inside[:, 0] = True
-    if box:
-        at_upper = ~inside & (torch.rand(PROBLEMS, SIZE) < 0.5)
-        x = torch.where(inside, torch.rand(PROBLEMS, SIZE).double(), at_upper.double())
-        gradient = torch.where(inside, 0.0, torch.where(at_upper, -rise, rise))
-    else:
-        x = torch.where(inside, torch.rand(PROBLEMS, SIZE).double() + 0.05, 0.0)
-        x = x / x.sum(-1, keepdim=True)
-        gradient = torch.randn(PROBLEMS, 1, dtype=torch.float64) + torch.where(inside, 0.0, rise)
-    return q, gradient - (q @ x[..., None])[..., 0], x
-
-
-def linear() -> tuple[Tensor, Tensor, Tensor]:
-    c = torch.stack([torch.randperm(SIZE) for _ in range(PROBLEMS)]).double() / SIZE + torch.randn(PROBLEMS, 1).double()
-    return torch.zeros(PROBLEMS, SIZE, SIZE).double(), c, torch.nn.functional.one_hot(c.argmin(-1), SIZE).double()
-
-
-def gap_after(
-    problem: tuple[Tensor, Tensor, Tensor], constraint: Any, metric: str, steps: int, sigma: float = 0.0
-) -> Tensor:
-    """f - f*, relative to what it was at the start; steps decline to nothing."""
-    q, c, best = problem
-
-    def f(x: Tensor) -> Tensor:
-        return ((q @ x[..., None])[..., 0] / 2 + c).mul(x).sum(-1)
-
-    x = Parameter(torch.full((PROBLEMS, SIZE), 1 / SIZE))
-    start = f(x.detach().double())
-    optimizer = ProjectedAdam([x], lr=0.1, constraint=constraint, metric=metric)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: max(1e-6, 1 - t / steps) ** 3)
-    q32, c32, spread = q.float(), c.float(), sigma * torch.linspace(0.1, 3, SIZE)
-    for _ in range(steps):
-        x.grad = (q32 @ x.detach()[..., None])[..., 0] + c32 + spread * torch.randn(PROBLEMS, SIZE)
-        optimizer.step()
-        schedule.step()
-    return (f(x.detach().double()) - f(best)) / (start - f(best))
-
-
-@pytest.mark.parametrize("make", [lambda: quadratics(box=False), linear], ids=["quadratic", "linear"])
-def test_on_the_simplex_the_metric_of_adam_reaches_the_optimum_and_the_euclidean_does_not(
-    make: Callable[[], tuple[Tensor, Tensor, Tensor]],
-) -> None:
-    problem = make()
-    assert gap_after(problem, constraints.simplex, "adam", 1200).max() < 1e-6
-    assert gap_after(problem, constraints.simplex, "euclidean", 1200).median() > 1e-3
-
-
-@pytest.mark.parametrize("make", [lambda: quadratics(box=False), linear], ids=["quadratic", "linear"])
-def test_so_it_is_with_noise(make: Callable[[], tuple[Tensor, Tensor, Tensor]]) -> None:
-    problem = make()
-    ours, euclidean = (gap_after(problem, constraints.simplex, metric, 1000, 0.1) for metric in ("adam", "euclidean"))
-    assert ours.median() < 1e-3
-    assert euclidean.median() > 10 * ours.median()
-
-
-def test_in_a_box_the_optimum_is_reached() -> None:
-    problem = quadratics(box=True)
-    assert gap_after(problem, constraints.unit_interval, "adam", 1500).max() < 1e-6
-    assert gap_after(problem, constraints.unit_interval, "adam", 1000, 0.5).median() < 1e-2
-
-
 # --- The reparametrised step: autograd through the transform, and Adam on raw -----------------------------------------
 
 ROWS, COLUMNS = 3, 4
@@ -394,167 +309,6 @@ def test_values_on_and_next_to_the_bounds_are_strictly_inside_after_a_step(dtype
         x.grad = torch.tensor([1.0, 1.0, -1.0]).to(dtype)
         optimizer.step()
         assert ((x > 0) & (x < 1)).all()
-
-
-# --- Someone else writes to the parameter -----------------------------------------------------------------------------
-
-
-def test_raw_follows_what_others_write() -> None:
-    x = Parameter(torch.full((4,), 0.5))
-    optimizer = ReparametrizedAdam([x], lr=1e-2, constraint=constraints.unit_interval)
-    for _ in range(3):
-        x.grad = torch.ones(4)
-        optimizer.step()
-    raw = optimizer.state[x]["raw"].clone()
-    with torch.no_grad():
-        x[1] = 0.875
-    x.grad = torch.zeros(4)
-    optimizer.param_groups[0]["lr"] = 0.0
-    optimizer.step()
-    after = optimizer.state[x]["raw"]
-    assert torch.equal(after[[0, 2, 3]], raw[[0, 2, 3]])  # where nobody wrote, not a digit is lost
-    torch.testing.assert_close(after[1], torch.logit(torch.tensor(0.875)))
-    torch.testing.assert_close(x.detach()[1], torch.tensor(0.875))
-
-
-def test_a_new_tensor_behind_a_parameter_is_noticed() -> None:
-    x, p = Parameter(torch.full((4,), 0.5)), Parameter(torch.full((4,), 0.5))
-    for leaf, kind in ((x, ReparametrizedAdam), (p, ProjectedAdam)):
-        optimizer = kind([leaf], lr=1e-2, constraint=constraints.unit_interval)
-        for _ in range(2):
-            leaf.grad = torch.ones(4)
-            optimizer.step()
-        old = leaf.data
-        before = old.clone()
-        leaf.data = torch.full((4,), 0.75)
-        optimizer.step()
-        assert torch.equal(old, before)
-        assert ((leaf > 0.73) & (leaf < 0.75)).all()
-
-
-def test_a_value_written_outside_is_an_error_and_nothing_changes() -> None:
-    x, y = Parameter(torch.full((4,), 0.5)), Parameter(torch.full((2,), 0.5))
-    optimizer = ReparametrizedAdam([("y", y), ("x", x)], lr=1e-2, constraint=constraints.unit_interval)
-    set_grads([x, y])
-    optimizer.step()
-    with torch.no_grad():
-        x[2] = 1.5
-    before = [t.clone() for t in (x, y, *optimizer.state[x].values(), *optimizer.state[y].values())]
-    with pytest.raises(ValueError, match=r"^ReparametrizedAdam: parameter 1 \('x'\) of group 0 must lie in \[0.0, 1.0\]"
-                       r", got 1.5$"):  # fmt: skip
-        optimizer.step()
-    after = [x, y, *optimizer.state[x].values(), *optimizer.state[y].values()]
-    assert all(map(torch.equal, before, after))
-
-
-def test_the_step_counts_as_a_write_for_autograd() -> None:
-    """A graph that saved the parameter must not be differentiated with its new value."""
-    for kind in OPTIMIZERS:
-        x = Parameter(torch.full((4,), 0.5))
-        optimizer = kind([x], constraint=constraints.unit_interval)
-        for _ in range(2):
-            loss = (x * x).sum()
-            loss.backward(retain_graph=True)
-            optimizer.step()
-            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-                loss.backward()
-
-
-# --- Layouts ----------------------------------------------------------------------------------------------------------
-
-
-def layouts() -> dict[str, Callable[[Tensor], tuple[Tensor, Tensor]]]:
-    """value -> (tensor of that value in some layout, the memory around it)."""
-
-    def strided(t: Tensor) -> tuple[Tensor, Tensor]:
-        memory = torch.full((t.shape[0] * 2 + 1, t.shape[1] * 3 + 2), 7.0, dtype=t.dtype)
-        view = memory[1::2, 2::3]
-        return view.copy_(t), memory
-
-    def transposed(t: Tensor) -> tuple[Tensor, Tensor]:
-        memory = t.t().contiguous()
-        return memory.t(), memory
-
-    def unaligned(t: Tensor) -> tuple[Tensor, Tensor]:
-        memory = torch.full((t.numel() + 3,), 7.0, dtype=t.dtype)
-        return memory[1:-2].view(t.shape).copy_(t), memory
-
-    return {
-        "contiguous": lambda t: (t.clone(), t),
-        "strided": strided,
-        "transposed": transposed,
-        "unaligned": unaligned,
-    }
-
-
-@pytest.mark.parametrize("constraint", [None, constraints.unit_interval, constraints.simplex, co.Simplex(0)], ids=repr)
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_layouts_of_parameter_and_gradient(kind: type[Any], constraint: Any) -> None:
-    value, grads = torch.softmax(torch.randn(5, 4), 0 if isinstance(constraint, co.Simplex) else -1), noise(3, 5, 4)
-    grads[2] = grads[2, :1, :1]
-    want = Parameter(value.clone())
-    optimizer = kind([want], lr=1e-2, constraint=constraint)
-    for g in grads:
-        want.grad = g.clone()
-        optimizer.step()
-    for name, place in layouts().items():
-        for grad_name, place_grad in layouts().items():
-            data, memory = place(value)
-            with torch.no_grad():
-                outside = memory.clone().as_strided(data.shape, data.stride(), data.storage_offset())
-                around = memory.sum() - outside.sum()
-            p = Parameter(data)
-            assert p.stride() == data.stride() and p.data_ptr() == data.data_ptr()
-            optimizer = kind([p], lr=1e-2, constraint=constraint)
-            for i, g in enumerate(grads):
-                p.grad = g[:1, :1].expand(5, 4) if i == 2 and grad_name != "contiguous" else place_grad(g)[0]
-                optimizer.step()
-            torch.testing.assert_close(p.detach(), want.detach(), atol=1e-6, rtol=1e-6, msg=f"{name}, {grad_name}")
-            if name in ("strided", "unaligned"):
-                assert float(memory.sum() - p.detach().sum()) == pytest.approx(float(around), abs=1e-3)
-
-
-def test_nothing_outside_a_strided_view_is_written() -> None:
-    memory = torch.full((9, 10), 0.5)
-    p = Parameter(memory[1::2, 2::3])
-    for kind in OPTIMIZERS:
-        optimizer = kind([p], lr=1e-2, constraint=constraints.unit_interval)
-        p.grad = torch.ones(4, 3)
-        optimizer.step()
-    inside = torch.zeros(9, 10, dtype=torch.bool)
-    inside[1::2, 2::3] = True
-    assert (memory[inside] < 0.5).all()
-    assert (memory[~inside] == 0.5).all()
-
-
-@pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("places", [(0,), (1,), (3,), (0, 2, 4)])
-def test_parameters_without_elements_are_harmless_anywhere(kind: type[Any], places: tuple[int, ...]) -> None:
-    full = [Parameter(torch.full((3, n + 1), 0.5)) for n in range(3)]
-    alone = copy_of(full)
-    mixed = list(full)
-    for place in places:
-        mixed.insert(place, Parameter(torch.zeros(2, 0, 3)))
-    groups = [{"params": mixed[:2]}, {"params": mixed[2:]}]
-    ours, theirs = (kind(each, lr=1e-2, constraint=constraints.unit_interval) for each in (groups, alone))
-    for _ in range(3):
-        set_grads(mixed)
-        set_grads(alone, like=full)
-        ours.step()
-        theirs.step()
-    assert all(map(torch.equal, full, alone))
-
-
-def test_scalars_are_parameters_too() -> None:
-    for kind in OPTIMIZERS:
-        p, q = Parameter(torch.tensor(0.5)), Parameter(torch.tensor(1.0))
-        optimizer = kind([{"params": [p], "constraint": constraints.unit_interval},
-                          {"params": [q], "constraint": constraints.simplex}], lr=1.0)  # fmt: skip
-        for _ in range(3):
-            p.grad, q.grad = torch.tensor(1.0), torch.tensor(5.0)
-            optimizer.step()
-        assert 0 <= p < 0.3
-        assert q == 1
 
 
 # --- All in one optimizer ---------------------------------------------------------------------------------------------

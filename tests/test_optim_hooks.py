@@ -13,15 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _base
+from constrained_ops.optim import _base
 
-OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
 ONCE = ["global before", "before", "after", "global after"]
-
-
-@pytest.fixture(params=OPTIMIZERS)
-def kind(request: pytest.FixtureRequest) -> type[Any]:
-    return request.param
 
 
 def inheriting(kind: type[Any]) -> type[Any]:

@@ -1,69 +1,25 @@
-"""The optimizers as users of torch.optim know them: saving, loading, scaling, scheduling, hooks, and wrong input."""
+"""The optimizers as users of torch.optim know them: saving, loading, scaling, scheduling and hooks."""
 
 from __future__ import annotations
 
 import copy
-import io
 import pickle
-import re
 from collections.abc import Callable
-from types import FunctionType
 from typing import Any
 
 import pytest
 import torch
+from conftest import through_a_file
+from optimizers import UNIT, everything, parameters, run, same
 from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import Parameter
 from torch.optim import lr_scheduler
 
 import constrained_ops as co
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam, _plans
-
-OPTIMIZERS = [ProjectedAdam, ReparametrizedAdam]
-UNIT = constraints.unit_interval
-
+from constrained_ops.optim import ReparametrizedAdam
 
 pytestmark = pytest.mark.usefixtures("backend")
-
-
-@pytest.fixture(params=OPTIMIZERS)
-def kind(request: pytest.FixtureRequest) -> type[Any]:
-    return request.param
-
-
-def parameters(dtype: torch.dtype = torch.float32) -> list[Parameter]:
-    return [Parameter(torch.rand(3, 4).to(dtype)), Parameter(torch.rand(5).to(dtype))]
-
-
-def run(optimizer: Any, steps: int, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = torch.randn(p.shape, generator=generator, device="cpu").to(p)
-        optimizer.step()
-
-
-def everything(optimizer: Any) -> list[Any]:
-    """All values of parameters and state, and the numbers of the groups."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    tensors = [t.detach().clone() for p in params for t in (p, *optimizer.state.get(p, {}).values())]
-    return [*tensors, len(optimizer.state), len(optimizer.param_groups)]
-
-
-def same(some: list[Any], others: list[Any]) -> bool:
-    def equal(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) and a.dtype == b.dtype if isinstance(a, Tensor) else a == b
-
-    return len(some) == len(others) and all(map(equal, some, others))
-
-
-def saved_and_loaded(value: Any) -> Any:
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 # --- Saving and loading -----------------------------------------------------------------------------------------------
@@ -75,7 +31,7 @@ def test_training_goes_on_to_the_bit_after_a_checkpoint(kind: type[Any], dtype: 
     params = parameters(dtype)
     optimizer = kind(params, lr=0.5, amsgrad=True, constraint=UNIT)
     run(optimizer, 5)
-    checkpoint = saved_and_loaded({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
+    checkpoint = through_a_file({"params": [p.detach() for p in params], "optimizer": optimizer.state_dict()})
     fresh = parameters(dtype)
     resumed = kind(fresh, constraint=UNIT)
     run(resumed, 2)
@@ -119,13 +75,13 @@ def test_state_from_adam_and_back(kind: type[Any], amsgrad: bool) -> None:
     with torch.no_grad():
         q.copy_(p)
     ours = kind([q], lr=0.7, constraint=None)
-    ours.load_state_dict(saved_and_loaded(adam.state_dict()))
+    ours.load_state_dict(through_a_file(adam.state_dict()))
     assert "fused" not in ours.param_groups[0]
     for each in (adam, ours):
         run(each, 3, seed=1)
     torch.testing.assert_close(q, p, atol=1e-6, rtol=0)
     back = torch.optim.Adam([Parameter(q.detach().clone())])
-    back.load_state_dict(saved_and_loaded(ours.state_dict()))
+    back.load_state_dict(through_a_file(ours.state_dict()))
     for each in (adam, back):
         run(each, 3, seed=2)
     torch.testing.assert_close(back.param_groups[0]["params"][0], p, atol=1e-6, rtol=0)
@@ -331,6 +287,11 @@ def test_no_gradient_at_all_is_no_step(kind: type[Any]) -> None:
     assert not optimizer.state
 
 
+def test_both_optimizers_show_their_options(kind: type[Any]) -> None:
+    text = repr(kind(parameters(), lr=0.25, constraint=UNIT))
+    assert text.startswith(f"{kind.__name__} (") and "lr: 0.25" in text and "constraint: Interval" in text
+
+
 # --- Mixed precision --------------------------------------------------------------------------------------------------
 
 
@@ -386,213 +347,3 @@ def test_an_overflow_with_counters_on_the_device(kind: type[Any]) -> None:
     optimizer.found_inf.zero_()
     run(optimizer, 1)
     assert optimizer.state[p]["step"] == 2
-
-
-# --- Wrong input ------------------------------------------------------------------------------------------------------
-
-
-def rejects(error: type[Exception], message: str, call: Callable[[], Any]) -> None:
-    with pytest.raises(error, match=f"^{re.escape(message)}$"):
-        call()
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "lr of group 0 must not be negative, got -1.0"),
-        ({"lr": torch.ones(2)}, "lr of group 0 must be a float or one element"),
-        ({"eps": -1e-8}, "eps of group 0 must not be negative, got -1e-08"),
-        ({"weight_decay": float("nan")}, "weight_decay of group 0 must not be negative, got nan"),
-        ({"betas": (0.9, 1.0)}, "betas of group 0 must be two floats in [0, 1), got (0.9, 1.0)"),
-        ({"betas": (0.9,)}, "betas of group 0 must be two floats in [0, 1), got (0.9,)"),
-    ],
-)
-def test_options_out_of_range(kind: type[Any], options: dict[str, Any], message: str) -> None:
-    rejects(ValueError, f"{kind.__name__}: {message}", lambda: kind(parameters(), **options))
-
-
-def test_a_metric_that_does_not_exist() -> None:
-    message = "ProjectedAdam: metric of group 0 must be 'adam' or 'euclidean', got 'manhattan'"
-    rejects(ValueError, message, lambda: ProjectedAdam(parameters(), metric="manhattan"))
-
-
-def test_a_state_dtype_that_does_not_fit(kind: type[Any]) -> None:
-    message = f"{kind.__name__}: parameter 0 of group 0 is torch.float32: state_dtype must be torch.float32, got {{}}"
-    for dtype in (torch.float16, torch.float64):
-        rejects(ValueError, message.format(dtype), lambda: kind(parameters(), state_dtype=dtype))  # noqa: B023
-
-
-@pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)
-def test_parameters_that_are_not_floating_point(kind: type[Any], dtype: torch.dtype) -> None:
-    p = Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype.is_complex)
-    message = f"parameter 0 of group 0 must be float16, bfloat16, float32 or float64, got {dtype}"
-    rejects(TypeError, f"{kind.__name__}: {message}", lambda: kind([p], constraint=UNIT))
-
-
-@pytest.mark.parametrize(
-    ("constraint", "value", "message"),
-    [
-        (UNIT, [0.5, 1.5, -0.25], "must lie in [0.0, 1.0], got 1.5"),
-        (UNIT, [0.5, float("nan"), -0.25], "must lie in [0.0, 1.0], got nan"),
-        (constraints.positive, [0.5, -2.0, -3.0], "must lie in [0.0, inf], got -3.0"),
-        (
-            lambda: constraints.less_than(torch.tensor([1.0, 2.0, 3.0])),
-            [5.0, 1.0, 8.0],
-            "must lie in [-inf, 3.0], got 8.0",
-        ),
-        (constraints.simplex, [0.75, 0.5, -0.25], "must be non-negative and sum to 1.0 along dim 0, got -0.25"),
-        (
-            constraints.simplex,
-            [0.5, 0.25, 0.125],
-            "must be non-negative and sum to 1.0 along dim 0, got a sum of 0.875",
-        ),
-        (constraints.simplex, [float("nan"), 0.5, 0.5], "must be non-negative and sum to 1.0 along dim 0, got nan"),
-    ],
-)
-def test_a_start_outside_the_constraint(kind: type[Any], constraint: Any, value: list[float], message: str) -> None:
-    good, bad = Parameter(torch.rand(2)), Parameter(torch.tensor(value))
-    constraint = constraint() if isinstance(constraint, FunctionType) else constraint
-    groups = [{"params": [("good", good)]}, {"params": [("bad", bad)], "constraint": constraint}]
-    rejects(ValueError, f"{kind.__name__}: parameter 0 ('bad') of group 1 {message}", lambda: kind(groups))
-    optimizer = kind([("good", good)])
-    before = everything(optimizer)
-    rejects(ValueError, f"{kind.__name__}: parameter 0 ('bad') of group 1 {message}",
-            lambda: optimizer.add_param_group(groups[1]))  # fmt: skip
-    assert same(before, everything(optimizer))
-    run(optimizer, 1)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_a_start_on_the_bound_or_off_by_rounding_is_accepted(kind: type[Any], dtype: torch.dtype) -> None:
-    kind(
-        [Parameter(torch.tensor([0.0, 0.1], dtype=torch.float64).to(dtype))], constraint=constraints.interval(0.0, 0.1)
-    )
-    kind([Parameter(torch.softmax(torch.randn(100, 50), -1).to(dtype))], constraint=constraints.simplex)
-    kind([Parameter(torch.eye(5, dtype=dtype))], constraint=constraints.simplex)
-
-
-@pytest.mark.parametrize(
-    ("constraint", "error", "message"),
-    [
-        (constraints.interval(1.0, 0.0), ValueError, "lower must be less than upper, got lower=1.0 and upper=0.0"),
-        (
-            constraints.interval(float("nan"), 0.0),
-            ValueError,
-            "lower must be less than upper, got lower=nan and upper=0.0",
-        ),
-        (
-            lambda: constraints.interval(torch.tensor([0.0, 3.0, 0.0]), torch.ones(3)),
-            ValueError,
-            "lower must be less than upper, got lower=3.0 and upper=1.0",
-        ),
-        (
-            lambda: constraints.interval(torch.zeros(2), torch.ones(2)),
-            ValueError,
-            "lower must broadcast to the shape of parameter 0 of group 0; "
-            "lower has shape (2,), parameter 0 of group 0 (3,)",
-        ),
-        (
-            lambda: constraints.interval(torch.zeros(2), torch.ones(3)),
-            ValueError,
-            "lower and upper must broadcast to one shape, got (2,) and (3,)",
-        ),
-        (
-            lambda: constraints.interval(torch.zeros(3, dtype=torch.complex64), 1.0),
-            TypeError,
-            "lower must be a float or a real Tensor, got dtype torch.complex64",
-        ),
-        (constraints.interval("0", 1.0), TypeError, "lower must be a float or a Tensor, got str"),
-        (co.Simplex(1), IndexError, "dim must be from -1 to 0 for parameter 0 of group 0 of shape (3,), got 1"),
-        ("positive", TypeError, "constraint must be an object of torch.distributions.constraints, got str"),
-        (
-            constraints.interval,
-            TypeError,
-            "constraint must be an object of torch.distributions.constraints, got _Interval",
-        ),
-    ],
-)
-def test_constraints_that_make_no_sense(kind: type[Any], constraint: Any, error: type[Exception], message: str) -> None:
-    p = Parameter(torch.full((3,), 0.5))
-    constraint = constraint() if isinstance(constraint, FunctionType) else constraint
-    rejects(error, f"{kind.__name__}: {message}", lambda: kind([p], constraint=constraint))
-
-
-@pytest.mark.parametrize(
-    "constraint",
-    [constraints.lower_cholesky, constraints.boolean, constraints.integer_interval(0, 3), constraints.cat([])],
-)
-def test_constraints_that_are_not_supported(kind: type[Any], constraint: Any) -> None:
-    message = re.escape(f"{kind.__name__}: constraint {constraint} is not supported; supported are interval, ")
-    with pytest.raises(
-        NotImplementedError, match=f"^{message}.*simplex.*constrained_ops.Bounded, Positive and Simplex$"
-    ):
-        kind(parameters(), constraint=constraint)
-
-
-def test_a_simplex_of_no_elements(kind: type[Any]) -> None:
-    message = f"{kind.__name__}: parameter 0 of group 0 needs at least one element along dim 1, got shape (3, 0)"
-    rejects(ValueError, message, lambda: kind([Parameter(torch.zeros(3, 0))], constraint=constraints.simplex))
-    kind([Parameter(torch.zeros(0, 3))], constraint=constraints.simplex)
-
-
-@pytest.mark.parametrize("first", [True, False], ids=["first step", "later step"])
-def test_gradients_that_cannot_be_used_change_nothing(kind: type[Any], first: bool) -> None:
-    p, q = Parameter(torch.rand(4)), Parameter(torch.rand(5, 2))
-    optimizer = kind([{"params": [p]}, {"params": [q]}], constraint=UNIT)
-    if not first:
-        run(optimizer, 2)
-    before = everything(optimizer)
-    p.grad = torch.ones(4)
-    q.grad = torch.ones(5, 2).to_sparse()
-    message = f"{kind.__name__}: parameter 0 of group 1"
-    rejects(RuntimeError, f"{message} has a gradient of layout torch.sparse_coo; it must be dense", optimizer.step)
-    assert same(before, everything(optimizer))
-    q.grad = None
-    q.grad_dtype = torch.float64
-    q.grad = torch.ones(5, 2, dtype=torch.float64)
-    rejects(TypeError, f"{message} is torch.float32, its gradient torch.float64", optimizer.step)
-    assert same(before, everything(optimizer))
-    q.grad = None
-    optimizer.step()
-    assert not same(before, everything(optimizer))
-
-
-def test_a_state_of_another_shape_changes_nothing(kind: type[Any]) -> None:
-    optimizer = kind([Parameter(torch.rand(4)), Parameter(torch.rand(3))], constraint=UNIT)
-    run(optimizer, 1)
-    state = optimizer.state_dict()
-    state["state"][1]["exp_avg_sq"] = torch.zeros(7)
-    optimizer.load_state_dict(state)
-    before = everything(optimizer)
-    message = f"{kind.__name__}: parameter 1 of group 0: its state exp_avg_sq has shape (7,), the parameter (3,)"
-    rejects(ValueError, message, lambda: run(optimizer, 1))
-    assert same(before, everything(optimizer))
-
-
-def test_a_new_constraint_that_does_not_fit_changes_nothing() -> None:
-    p = Parameter(torch.full((4,), 0.9))
-    optimizer = ReparametrizedAdam([p], constraint=UNIT)
-    run(optimizer, 1)
-    before = everything(optimizer)
-    optimizer.param_groups[0]["constraint"] = constraints.interval(0.0, 0.5)
-    with pytest.raises(
-        ValueError, match=r"^ReparametrizedAdam: parameter 0 of group 0 must lie in \[0.0, 0.5\], got 0.9"
-    ):
-        run(optimizer, 1)
-    assert same(before, everything(optimizer))
-
-
-def test_a_backend_without_optimizers_is_no_silent_fallback(kind: type[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(_plans._plans, ("triton", "cpu"), raising=False)  # other tests may have put one there
-    p = Parameter(torch.rand(3, device="cpu"))
-    optimizer = kind([p], constraint=UNIT)
-    p.grad = torch.ones_like(p)
-    with co.backend("triton"):
-        message = "backend 'triton' was asked for, and has no optimizers for tensors on 'cpu'"
-        rejects(RuntimeError, message, optimizer.step)
-    assert not optimizer.state
-
-
-def test_both_optimizers_show_their_options(kind: type[Any]) -> None:
-    text = repr(kind(parameters(), lr=0.25, constraint=UNIT))
-    assert text.startswith(f"{kind.__name__} (") and "lr: 0.25" in text and "constraint: Interval" in text

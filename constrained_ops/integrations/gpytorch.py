@@ -82,7 +82,8 @@ class Interval(_Fused, constraints.Interval):
         initial_value: Bound | None = None,
     ) -> None:
         if any(torch.as_tensor(bound).isinf().any() for bound in (lower_bound, upper_bound)):
-            raise ValueError("Interval: bounds must be finite; GreaterThan and LessThan have one bound")
+            got = f"lower_bound={_checks.show(lower_bound)} and upper_bound={_checks.show(upper_bound)}"
+            raise ValueError(f"Interval: bounds must be finite, got {got}; GreaterThan and LessThan have one bound")
         self._fused = transform is torch.sigmoid
         super().__init__(lower_bound, upper_bound, transform, inv_transform, initial_value)
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from itertools import chain
+from numbers import Real
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +17,7 @@ from .. import _checks, _library
 from .._constraints import Record, SimplexOf, interpret
 from .._library import compute_dtype
 from . import _many
-from ._plans import Hyper, Prepared, Slot, plan_class
+from ._plans import Hyper, Prepared, Slot, plan_class, same_values
 from ._sharding import is_sharded, like, local, local_grad, shard
 
 Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -23,7 +25,11 @@ Params = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tenso
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 # These belong to an optimizer and not to its state: never in a state_dict, and kept when one is loaded.
 OWN = ("constraint", "metric", "state_dtype")
+_NUMBER: Any = (float, int, Real)  # Real alone would say it all, in eight times the time
 _NOT_OURS = ("foreach", "fused", "differentiable")  # left by torch.optim.Adam in its state_dict
+_options = itemgetter(
+    "lr", "betas", "eps", "weight_decay", "decoupled_weight_decay", "maximize", "amsgrad", "capturable"
+)
 
 # Its name before torch 2.12 is the second. It warns of a capture without capturable.
 _health_check: Callable[[Optimizer], None] = (
@@ -56,6 +62,8 @@ class ConstrainedAdam(Optimizer):
 
     def __init__(self, params: Params, defaults: dict[str, Any]) -> None:
         self._prepared: Prepared | None = None
+        self._hypers: list[Hyper] = []
+        self._looked_at: list[Any] = []  # for _hypers: the groups' values, or none if one may change in itself
         self._bindings: dict[Tensor, Binding] = {}
         self._loading: dict[str, Any] | None = None
         self._in_graphs: list[Any] = []  # see Plan
@@ -69,9 +77,9 @@ class ConstrainedAdam(Optimizer):
 
         Raises:
             RuntimeError: a gradient is sparse.
-            TypeError: a gradient is not of its parameter's dtype.
-            ValueError: a parameter was moved out of its constraint (``ReparametrizedAdam``), or its state has another
-                shape. All of this before anything is written.
+            TypeError: a gradient is not of its parameter's dtype, or an option or state not of its type.
+            ValueError: an option is out of range, a parameter was moved out of its constraint
+                (``ReparametrizedAdam``), or its state has another shape. All of this before anything is written.
         """
         if (
             _library.profiler_enabled()
@@ -91,9 +99,9 @@ class ConstrainedAdam(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        groups = self.param_groups
+        hyper = self._hypers if same_values(self.param_groups, self._looked_at) else self._look_at_options()
         found_inf = getattr(self, "found_inf", None)
-        if found_inf is not None and not all(group["capturable"] for group in groups):
+        if found_inf is not None and not all(group["capturable"] for group in self.param_groups):
             if found_inf.item():
                 return loss
             found_inf = None
@@ -103,10 +111,22 @@ class ConstrainedAdam(Optimizer):
             prepared, grads = self._prepare()
         elif prepared.any_written_by_others():
             self._reconcile(prepared)
-        prepared.run(grads, list(map(_hyper, groups)), getattr(self, "grad_scale", None), found_inf)
+        prepared.run(grads, hyper, getattr(self, "grad_scale", None), found_inf)
         return loss
 
     _watched_step = Optimizer.profile_hook_step(_unwatched_step)
+
+    def _look_at_options(self) -> list[Hyper]:
+        """Check the options of all groups, which are not those of the step before, or may not be."""
+        op, groups = type(self).__name__, self.param_groups
+        hypers = []
+        lasting = True
+        for i, group in enumerate(groups):
+            hypers.append(_hyper(op, i, group))
+            lasting = lasting and hypers[i].lr is group["lr"] and isinstance(group["betas"], tuple)
+        self._hypers = hypers
+        self._looked_at = list(chain.from_iterable(map(dict.values, groups))) if lasting else []
+        return hypers
 
     @torch.no_grad()
     def _prepare(self) -> tuple[Prepared, list[Tensor]]:
@@ -220,7 +240,7 @@ class ConstrainedAdam(Optimizer):
     @torch.no_grad()
     def _check_group(self, i: int) -> None:
         op, group = type(self).__name__, self.param_groups[i]
-        _check_options(op, i, group)
+        _hyper(op, i, {**group, "capturable": False})  # here lr is read wherever it is
         params = group["params"]
         first_of: dict[torch.dtype, int] = {}
         for j, p in enumerate(params):
@@ -278,9 +298,14 @@ class ConstrainedAdam(Optimizer):
     def _check_state(self, i: int, j: int) -> None:
         p = self._param(i, j)
         for name, value in self.state.get(p, {}).items():
-            if name in (*MOMENTS, "raw") and value.shape != p.shape:
-                shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
-                raise ValueError(f"{self._where(i, j)}: its state {name} has shape {shapes}")
+            if name in (*MOMENTS, "raw"):
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{self._where(i, j)}: its state {name} must be a Tensor, got {value!r}")
+                if value.shape != p.shape:
+                    shapes = f"{tuple(value.shape)}, the parameter {tuple(p.shape)}"
+                    raise ValueError(f"{self._where(i, j)}: its state {name} has shape {shapes}")
+            elif name == "step" and not _is_step(value):
+                raise TypeError(f"{self._where(i, j)}: its state step must be one number, got {value!r}")
 
     def _state_dtype(self, i: int, j: int) -> torch.dtype:
         """Of the moments. raw is kept in the compute dtype in any case."""
@@ -332,6 +357,7 @@ class ConstrainedAdam(Optimizer):
         own = [{key: group[key] for key in OWN if key in group} for group in self.__dict__.get("param_groups", [])]
         super().__setstate__(state)
         self._prepared, self._bindings = None, {}
+        self._hypers, self._looked_at = [], []
         self.__dict__.setdefault("_in_graphs", [])
         loading = self.__dict__.setdefault("_loading", None)
         if loading is None:
@@ -371,22 +397,38 @@ def _is_watched(step: Any) -> bool:
     return False
 
 
-def _hyper(group: dict[str, Any]) -> Hyper:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and not group["capturable"]:
-        lr = lr.item()
-    beta1, beta2 = group["betas"]
-    return Hyper(
-        lr,
-        beta1,
-        beta2,
-        group["eps"],
-        group["weight_decay"],
-        group["decoupled_weight_decay"],
-        group["maximize"],
-        group["amsgrad"],
-        group.get("metric", "adam"),
-    )
+def _hyper(op: str, i: int, group: dict[str, Any]) -> Hyper:
+    """The options of group ``i`` as a step takes them, checked.
+
+    A learning rate that steps read on an accelerator (``capturable``) is not: to look at it is to wait for the device.
+    """
+    lr, betas, eps, weight_decay, decoupled, maximize, amsgrad, capturable = _options(group)
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"{op}: lr of group {i} must be a float or one element, got a {_checks.show(lr)}")
+        if lr.is_cpu or not capturable:
+            lr = lr.item()
+    for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
+        if not isinstance(value, _NUMBER):
+            if value is lr and isinstance(lr, Tensor):
+                continue
+            raise TypeError(f"{op}: {name} of group {i} must be a float, got {value!r}")
+        if not value >= 0:  # a NaN is caught here as well
+            raise ValueError(f"{op}: {name} of group {i} must not be negative, got {value}")
+    try:
+        beta1, beta2 = betas
+    except (TypeError, ValueError):  # not two
+        beta1 = beta2 = None
+    if not (isinstance(beta1, _NUMBER) and isinstance(beta2, _NUMBER) and 0 <= beta1 < 1 and 0 <= beta2 < 1):
+        raise ValueError(f"{op}: betas of group {i} must be two floats in [0, 1), got {betas}")
+    metric = group.get("metric", "adam")
+    if metric not in ("adam", "euclidean"):
+        raise ValueError(f"{op}: metric of group {i} must be 'adam' or 'euclidean', got {metric!r}")
+    return Hyper(lr, beta1, beta2, eps, weight_decay, decoupled, maximize, amsgrad, metric)
+
+
+def _is_step(value: Any) -> bool:
+    return value.numel() == 1 if isinstance(value, Tensor) else value is None or isinstance(value, _NUMBER)
 
 
 def _step_counter(group: dict[str, Any], p: Tensor, value: Any) -> Tensor:
@@ -404,17 +446,3 @@ def _laid_out(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
     if value.dtype == dtype and value.device == p.device and local(value).stride() == stride:
         return value
     return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)
-
-
-def _check_options(op: str, i: int, group: dict[str, Any]) -> None:
-    for name in ("lr", "eps", "weight_decay"):
-        value = group[name]
-        if isinstance(value, Tensor) and (name != "lr" or value.numel() != 1):
-            raise ValueError(f"{op}: {name} of group {i} must be a float{' or one element' if name == 'lr' else ''}")
-        if not value >= 0:
-            raise ValueError(f"{op}: {name} of group {i} must not be negative, got {value}")
-    betas = group["betas"]
-    if len(betas) != 2 or any(isinstance(beta, Tensor) or not 0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{op}: betas of group {i} must be two floats in [0, 1), got {betas}")
-    if (metric := group.get("metric", "adam")) not in ("adam", "euclidean"):
-        raise ValueError(f"{op}: metric of group {i} must be 'adam' or 'euclidean', got {metric!r}")

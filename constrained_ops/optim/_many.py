@@ -58,8 +58,8 @@ def renewed(
             lines[index][begin : begin + len(part)] = part
     for batch in _batches(only(strays), params, raws):
         x, raw = batch.operands
-        renewed = torch.where(batch.record.made_by(raw, x), raw, batch.record.inverse(x))
-        for index, begin, part in batch.parts(renewed):
+        mended = torch.where(batch.record.made_by(raw, x), raw, batch.record.inverse(x))
+        for index, begin, part in batch.parts(mended):
             lines[index][begin : begin + len(part)] = part
     return found
 

@@ -18,17 +18,16 @@ from collections.abc import Sequence
 from ctypes import c_float
 from importlib import import_module
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from .. import _library
-from .._checks import Bound
-from .._constraints import Box, SimplexOf
+from .._constraints import SimplexOf
 from ._plans import Hyper, Slot, named_step, register
-from ._slots import alike, kind_of, pointer, rows_of
+from ._slots import DensePlan, bounds_of, for_all, kind_of, pointer, rows_of
 
 # In the order of StepKind in csrc/step.h.
 KINDS = (
@@ -75,28 +74,23 @@ class Tile(NamedTuple):
         return cls(8, 128, 1, True) if length <= 128 else cls(1, 1024, 1, length <= 1024)
 
 
-class TablePlan(ABC):
-    """A :class:`._plans.Plan`. Subclasses launch.
-
-    Gradients in another layout than the state's are copied before the launch, parameters with gaps before and after,
-    and bounds by element in another layout once for all; nothing else is allocated that grows with the parameters.
-    """
+class TablePlan(DensePlan, ABC):
+    """A plan by tables. Subclasses launch."""
 
     def __init__(self, slots: Sequence[Slot]) -> None:
-        self.slots = slots
+        super().__init__(slots)
         self.device = slots[0].param.device
         self.kinds: set[str] = set()
         self._aligned = True
-        self._kept: list[Tensor] = []  # alive because the tables have their addresses
-        self._gaps: list[tuple[Tensor, Tensor]] = []  # parameters, and what stands for them in memory
-        self._copied = [i for i, slot in enumerate(slots) if not alike(slot.grad_stride, slot.exp_avg)]
         elsewhere = [i for i, slot in enumerate(slots) if self._counts_elsewhere(slot)]
         self._host_steps = [c_float.from_address(slots[i].step.data_ptr()) for i in elsewhere]
         self._device_steps = torch.empty(len(elsewhere), device=self.device)
         self._known_steps: list[float] | None = None if elsewhere else []
         places = dict(zip(elsewhere, range(self._device_steps.data_ptr(), 2**64, 4), strict=False))
-        records = [self._record(slot, places.get(i, slot.step.data_ptr())) for i, slot in enumerate(slots)]
-        self._written = [slot.param for slot in slots if not any(slot.param is param for param, _ in self._gaps)]
+        records = [
+            self._record(slot, param, places.get(i, slot.step.data_ptr()))
+            for i, (slot, param) in enumerate(zip(slots, self._params, strict=True))
+        ]
         self._groups = 1 + max(slot.group for slot in slots)
         self.tiles: list[Tile] = []
         work, items = self._work()
@@ -110,7 +104,7 @@ class TablePlan(ABC):
         self._grads: list[int] = []  # addresses in the present step
         self._known_grads: list[int] | None = None  # in the table
         self._known_groups: bytes | None = None
-        self.in_graphs: list[Any] = []
+        self.in_graphs = []
         self._capturable = len(elsewhere) < len(slots)
         self._staging: list[Tensor] = []
         self._stock()
@@ -132,18 +126,16 @@ class TablePlan(ABC):
         found_inf: Tensor | None = None,
     ) -> None:
         if self._copied:
-            grads = list(grads)
-            for i in self._copied:
-                grads[i] = torch.empty_like(self.slots[i].exp_avg, dtype=grads[i].dtype).copy_(grads[i])
-        for param, dense in self._gaps:
-            dense.copy_(param)
+            grads = self._dense_grads(grads)
+        if self._gaps:
+            self._fill_gaps()
         self._count()
         self._grads = list(map(Tensor.data_ptr, grads))
         groups = b"".join([self._group(each) for each in hyper[: self._groups]])
         self._launch(self._current(self._grads, groups), grad_scale, found_inf)
         increment_version(self._written)
-        for param, dense in self._gaps:
-            param.copy_(dense)
+        if self._gaps:
+            self._write_back()
 
     def _counts_elsewhere(self, slot: Slot) -> bool:
         """Whether the kernel cannot reach the step counter, and the plan keeps one for it."""
@@ -180,7 +172,7 @@ class TablePlan(ABC):
         """
         words = torch.cat([torch.tensor(grads, dtype=torch.int64, device="cpu"), _words(groups)])
         staging = (self._staging.pop() if self._staging else _pinned(1, words.numel())[0]).copy_(words)
-        self.in_graphs.append((staging, self._tables, self._kept, self._gaps, self._device_steps))
+        self.in_graphs.append((staging, self._tables, self._bounds, self._gaps, self._device_steps))
         table = staging.to(self.device, non_blocking=True)
         return self._tables._replace(grads=table[: len(grads)], groups=table[len(grads) :].view(-1, GROUP_WORDS))
 
@@ -191,13 +183,10 @@ class TablePlan(ABC):
 
     # --- The tables --------------------------------------------------------------------------------------------------
 
-    def _record(self, slot: Slot, step: int) -> bytes:
-        param, record = slot.param, slot.constraint
-        if not alike(param.stride(), slot.exp_avg):
-            param = torch.empty_like(slot.exp_avg, dtype=param.dtype)
-            self._gaps.append((slot.param, param))
-        lower, upper = (record.lower, record.upper) if isinstance(record, Box) else (-math.inf, math.inf)
-        lower_each, upper_each = self._each(slot, lower), self._each(slot, upper)
+    def _record(self, slot: Slot, param: Tensor, step: int) -> bytes:
+        record = slot.constraint
+        lower, upper = bounds_of(record)
+        lower_each, upper_each = self._by_element(slot, lower), self._by_element(slot, upper)
         kind = kind_of(slot, record)
         self.kinds.add(kind)
         memory = (param, slot.exp_avg, slot.exp_avg_sq, slot.max_exp_avg_sq, slot.raw)
@@ -212,19 +201,10 @@ class TablePlan(ABC):
             step,
             pointer(lower_each),
             pointer(upper_each),
-            -math.inf if lower_each is not None else _first(lower),
-            math.inf if upper_each is not None else _first(upper),
+            -math.inf if lower_each is not None else for_all(lower),
+            math.inf if upper_each is not None else for_all(upper),
             record.total if isinstance(record, SimplexOf) else 0.0,
         )
-
-    def _each(self, slot: Slot, bound: Bound) -> Tensor | None:
-        """A bound for each element, in the layout of the state; None if one holds for all."""
-        if not isinstance(bound, Tensor) or not any(bound.stride()):
-            return None
-        if not alike(bound.stride(), slot.exp_avg):
-            bound = torch.empty_like(slot.exp_avg, dtype=bound.dtype).copy_(bound)
-        self._kept.append(bound)
-        return bound
 
     def _group(self, hyper: Hyper) -> bytes:
         lr, lr_at = 0.0, 0
@@ -303,12 +283,6 @@ class TritonPlan(TablePlan):
 
     def _launch(self, tables: Tables, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._run(tables, grad_scale, found_inf)
-
-
-def _first(bound: Bound) -> float:
-    if not isinstance(bound, Tensor):
-        return bound
-    return bound[(0,) * bound.dim()].item() if bound.numel() else math.nan
 
 
 def _words(data: bytes) -> Tensor:

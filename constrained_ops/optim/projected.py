@@ -38,7 +38,7 @@ class ProjectedAdam(ConstrainedAdam):
     of the optimizer in every replay: keep the optimizer, its state and the parameters as long as the graph.
 
     Raises:
-        TypeError: a parameter is not floating-point, or what was given is no constraint.
+        TypeError: a parameter is not floating-point, an option no number, or what was given is no constraint.
         NotImplementedError: the constraint is not supported.
         ValueError: a parameter starts outside its constraint, a simplex lies along a sharded dimension, or an option
             is out of range.

@@ -194,6 +194,13 @@ def means(
 
 
 @triton.jit
+def centered_g(grad_x, rows, first, BLOCK: tl.constexpr, z, of, mean_g, WITH_G: tl.constexpr):
+    """g less its mean, finite outside of rows too."""
+    g = load(grad_x, rows, first, BLOCK, 0.0) - of.g_there if WITH_G else z.before * 0.0
+    return tl.where(z.before > -INFINITY, g, 0.0) - mean_g
+
+
+@triton.jit
 def ilr_forward_kernel(
     x,
     log_det,
@@ -273,17 +280,15 @@ def ilr_backward_kernel(
             z = logits(raw, rows, raw_rows, first, BLOCK, carry, -INFINITY)
             b = logits(along, rows, raw_rows, first, BLOCK, carry_along, 0.0)
             carry, carry_along = z.total, b.total
-            g = load(grad_x, rows, first, BLOCK, 0.0) - of.g_there if WITH_G else z.before * 0.0
-            g = tl.where(z.before > -INFINITY, g, 0.0)
-            c = ((b.before - of.along_there) - of.along) * (g - mean_g)
+            g = centered_g(grad_x, rows, first, BLOCK, z, of, mean_g, WITH_G)
+            c = ((b.before - of.along_there) - of.along) * g
             mean_c += tl.sum(softmax_weight(z.before, peak.largest) * inverse_sum * c, 1, keep_dims=True)
         carry, carry_along = zero, zero
     for first in range(0, end, BLOCK):
         z = logits(raw, rows, raw_rows, first, BLOCK, carry, -INFINITY)
         carry = z.total
         x = softmax_weight(z.before, peak.largest) * inverse_sum
-        g = load(grad_x, rows, first, BLOCK, 0.0) - of.g_there if WITH_G else z.before * 0.0
-        u = x * (tl.where(z.before > -INFINITY, g, 0.0) - mean_g)
+        u = x * centered_g(grad_x, rows, first, BLOCK, z, of, mean_g, WITH_G)
         if WITH_ALONG:
             b = logits(along, rows, raw_rows, first, BLOCK, carry_along, 0.0)
             carry_along = b.total

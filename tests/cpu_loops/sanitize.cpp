@@ -326,27 +326,15 @@ void all() {
   for (const int64_t inner : {2, 3, 31, 32, 33, 40, 77})
     for (const int64_t length : {1, 2, 7, 9, 64, 70})
       for (const int64_t outer : {1, 2}) all_rows<Storage>({outer, length, inner});
-  for (const RowLayout& rows : std::initializer_list<RowLayout>{{1, 127, 1},
-                                                                {5, 257, 1},
-                                                                {33, 300, 1},
-                                                                {3, 1023, 1},
-                                                                {3, 1025, 1},
-                                                                {1, 70001, 1},
-                                                                {1, 1030, 33},
-                                                                {1, 2100, 40},
-                                                                {2, 1024, 5},
-                                                                {23, 5, 3},
-                                                                {40, 3, 5},
-                                                                {9, 70, 2},
-                                                                {11, 20, 7},
-                                                                {7, 9, 6},
-                                                                {5, 9, 20}})
-    all_rows<Storage>(rows);
+  const RowLayout uneven[] = {{1, 127, 1},   {5, 257, 1},   {33, 300, 1},  {3, 1023, 1}, {3, 1025, 1},
+                              {1, 70001, 1}, {1, 1030, 33}, {1, 2100, 40}, {2, 1024, 5}, {23, 5, 3},
+                              {40, 3, 5},    {9, 70, 2},    {11, 20, 7},   {7, 9, 6},    {5, 9, 20}};
+  for (const RowLayout& rows : uneven) all_rows<Storage>(rows);
 
   for (int64_t length = 1; length <= 70; ++length) all_steps<Storage, State>({length % 9 + 1, length, 1});
-  for (const RowLayout& rows : std::initializer_list<RowLayout>{
-           {600, 17, 1}, {3000, 6, 1}, {33, 300, 1}, {2, 9001, 1}, {2, 9, 3}, {3, 70, 33}, {1, 300, 40}, {1, 9000, 3}})
-    all_steps<Storage, State>(rows);
+  const RowLayout for_steps[] = {{600, 17, 1}, {3000, 6, 1}, {33, 300, 1}, {2, 9001, 1},
+                                 {2, 9, 3},    {3, 70, 33},  {1, 300, 40}, {1, 9000, 3}};
+  for (const RowLayout& rows : for_steps) all_steps<Storage, State>(rows);
   for (int64_t n = 1; n <= 35; ++n) elementwise<Storage>(1, n, n % 2, true);
   for (const int64_t n : {511, 512, 513, 1100}) elementwise<Storage>(1, n, n % 2, true);
   for (const int64_t rows : {1, 3, 33}) elementwise<Storage>(rows, 40, 1, false);
