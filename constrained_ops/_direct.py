@@ -14,6 +14,7 @@ calls go through the dispatcher.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,9 @@ def dispatched(operator: Operator) -> Callable[..., Any]:
 
 def caller(library: Any) -> Callable[[Operator], Callable[..., Any]]:
     """What turns an operator of ``library``, the module ``_C``, into a function that goes past the dispatcher."""
+    profiler = torch.autograd.profiler
     try:
+        _ = profiler._is_profiler_enabled
         known = library.open_direct(
             exchange=torch.Tensor.__dlpack_c_exchange_api__,
             types=[torch.Tensor, torch.nn.Parameter],
@@ -37,10 +40,11 @@ def caller(library: Any) -> Callable[[Operator], Callable[..., Any]]:
                 torch._C._len_torch_function_stack,
                 torch._C._are_functorch_transforms_active,
                 torch._C._get_tracing_state,
-                torch.autograd._profiler_enabled,  # type: ignore[attr-defined]
+                partial(getattr, profiler, "_is_profiler_enabled"),  # of any thread
             ],
             is_cpu=torch.Tensor.is_cpu.__get__,  # type: ignore[attr-defined]
             is_neg=torch.Tensor.is_neg,
+            is_zero=torch.Tensor._is_zerotensor,
             empty_like=torch.empty_like,
             empty_strided=torch.empty_strided,
             copy_=torch.Tensor.copy_,

@@ -99,7 +99,7 @@ class SoftmaxBackward(Function):
 
     @staticmethod
     def forward(grad_x: Tensor, raw: Tensor, dim: int) -> Tensor:
-        return implementation(_kernels).backward(grad_x, raw, dim)
+        return implementation(_kernels).backward(grad_x, raw, dim, None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:

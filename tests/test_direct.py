@@ -167,6 +167,7 @@ class Wrapper(Tensor):
 UNUSUAL: dict[str, Callable[[], Tensor]] = {
     "negated_later": lambda: torch._neg_view(torch.tensor([2.0, -1.0])),
     "zero_without_memory": lambda: torch._efficientzerotensor(3),
+    "part_of_a_zero_without_memory": lambda: torch._efficientzerotensor(4)[1:],
     "subclass": lambda: torch.randn(3).as_subclass(Subclass),
     "wrapper": lambda: Wrapper(torch.randn(3)),
     "large": lambda: torch.randn(16385),
@@ -281,6 +282,24 @@ def test_profilers_see_the_call(forward: Spy) -> None:
     assert "constrained_ops::bounded_forward" in [event.key for event in profile.key_averages()]
 
 
+def test_profilers_of_another_thread_see_the_call(forward: Spy) -> None:
+    def work() -> None:
+        forward(torch.randn(3), 0.0, 1.0)
+
+    with torch.profiler.profile():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert forward.dispatched == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="NVTX comes with CUDA")
+def test_ranges_of_nvtx_hold_the_call(forward: Spy) -> None:
+    with torch.autograd.profiler.emit_nvtx():
+        forward(torch.randn(3), 0.0, 1.0)
+    assert forward.dispatched == 1
+
+
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_traces_hold_the_call(forward: Spy) -> None:
     traced = torch.jit.trace(lambda raw: forward(raw, 0.0, 1.0), torch.zeros(3), check_trace=False)
@@ -309,6 +328,18 @@ def test_nothing_is_kept(forward: Spy) -> None:
     for _ in range(50):
         calls()
     assert counts() == before
+
+
+def test_bindings_go_with_the_backend() -> None:
+    dispatched = _direct.dispatched(_library.overload("bounded", "forward"))
+
+    def references() -> int:
+        with co.backend("reference"):
+            pass
+        return sys.getrefcount(dispatched)
+
+    before = references()
+    assert references() == before
 
 
 def test_threads(forward: Spy) -> None:

@@ -14,12 +14,16 @@ namespace {
 // Larger tensors are worth several threads, and their kernels take long beside the dispatcher.
 constexpr int64_t largest = 16384;
 
+// Most programs have their memory above this address; of tensors below it one more question is asked.
+constexpr uint64_t low_address = uint64_t(1) << 46;
+
 // What constrained_ops/_direct.py has found in PyTorch; lives as long as the process.
 struct Python {
   const dlpack::Exchange* exchange;
   std::vector<py::object> types, observers;
-  py::object is_cpu, is_neg, empty_like, empty_strided, copy_;
+  py::object is_cpu, is_neg, is_zero, empty_like, empty_strided, copy_;
   std::map<ScalarType, py::object> dtypes;
+  py::object cpu = py::str("cpu"), keywords = py::make_tuple("dtype", "device");
 };
 const Python* python = nullptr;
 
@@ -103,9 +107,14 @@ bool DirectTensor::read(PyObject* argument) {
     PyErr_Clear();
     return false;
   }
-  const bool is_nowhere = numel_ > 0 && !view_.data;  // a zero without memory, or the wrapper of another tensor
-  return view_.device.type == dlpack::cpu && !is_nowhere && numel_ <= largest && dtype_ != ScalarType::Undefined &&
-         !says_yes(python->is_neg, argument);
+  if (view_.device.type != dlpack::cpu || numel_ > largest || dtype_ == ScalarType::Undefined) return false;
+  if (numel_ > 0) {
+    if (!view_.data) return false;  // the wrapper of another tensor
+    // Zeros without memory: the address of a part of them is its offset.
+    const bool is_low = reinterpret_cast<uintptr_t>(view_.data) < low_address;
+    if (is_low && says_yes(python->is_zero, argument)) return false;
+  }
+  return !says_yes(python->is_neg, argument);  // yet to be negated
 }
 
 bool DirectTensor::look() {
@@ -129,10 +138,9 @@ DirectTensor DirectTensor::empty_like(const DirectTensor& other, ScalarType dtyp
 }
 
 DirectTensor DirectTensor::empty_strided(size_t rank, const int64_t* sizes, const int64_t* strides, ScalarType dtype) {
-  static const py::object* const names = new py::object(py::make_tuple("dtype"));
   const py::object size = tuple_of(rank, sizes), stride = tuple_of(rank, strides);
-  PyObject* const arguments[] = {size.ptr(), stride.ptr(), python->dtypes.at(dtype).ptr()};
-  return result(PyObject_Vectorcall(python->empty_strided.ptr(), arguments, 2, names->ptr()));
+  PyObject* const arguments[] = {size.ptr(), stride.ptr(), python->dtypes.at(dtype).ptr(), python->cpu.ptr()};
+  return result(PyObject_Vectorcall(python->empty_strided.ptr(), arguments, 2, python->keywords.ptr()));
 }
 
 void DirectTensor::copy_(const DirectTensor& source) const {
@@ -177,8 +185,8 @@ void define_direct(py::module_& m) {
   m.def(
       "open_direct",
       [](const py::object& exchange, std::vector<py::object> types, std::vector<py::object> observers,
-         py::object is_cpu, py::object is_neg, py::object empty_like, py::object empty_strided, py::object copy_,
-         const std::vector<py::object>& dtypes) {
+         py::object is_cpu, py::object is_neg, py::object is_zero, py::object empty_like, py::object empty_strided,
+         py::object copy_, const std::vector<py::object>& dtypes) {
         const auto* const table =
             static_cast<const dlpack::Exchange*>(PyCapsule_GetPointer(exchange.ptr(), dlpack::capsule));
         if (!table) throw py::error_already_set();
@@ -188,6 +196,7 @@ void define_direct(py::module_& m) {
                             std::move(observers),
                             std::move(is_cpu),
                             std::move(is_neg),
+                            std::move(is_zero),
                             std::move(empty_like),
                             std::move(empty_strided),
                             std::move(copy_),
@@ -198,7 +207,7 @@ void define_direct(py::module_& m) {
         return true;
       },
       py::kw_only(), py::arg("exchange"), py::arg("types"), py::arg("observers"), py::arg("is_cpu"), py::arg("is_neg"),
-      py::arg("empty_like"), py::arg("empty_strided"), py::arg("copy_"), py::arg("dtypes"),
+      py::arg("is_zero"), py::arg("empty_like"), py::arg("empty_strided"), py::arg("copy_"), py::arg("dtypes"),
       "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
       "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
       "float16, bfloat16, float32 and float64.");
@@ -208,7 +217,7 @@ void define_direct(py::module_& m) {
         const auto function = reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&call));
         auto* const callable =
             new Callable{{"direct", function, METH_FASTCALL, nullptr}, direct_calls().at(name), std::move(dispatched)};
-        const py::capsule self(callable);
+        const py::capsule self(callable, [](void* memory) { delete static_cast<Callable*>(memory); });
         return py::reinterpret_steal<py::object>(PyCFunction_New(&callable->method, self.ptr()));
       },
       py::arg("name"), py::arg("dispatched"),
