@@ -100,8 +100,9 @@ def moved(t: Tensor, device: str) -> Tensor:
 def triton_interpreter() -> Iterator[None]:
     """Triton 3.6's interpreter takes loop ends from one-element arrays, which NumPy 2.4 no longer turns into ints.
 
-    It also patches the language anew for each function that a kernel calls, which takes most of its time. And 3.9's
-    takes no masks but of bools, where it spreads a bool as the integers that were compared.
+    It also patches the language anew for each function that a kernel calls, and for each operation on integers finds
+    by a dozen others whether it overflows, only to forget it, which takes most of its time. And 3.9's takes no masks
+    but of bools, where it spreads a bool as the integers that were compared.
     """
     pytest.importorskip("triton", reason="Triton exists for Linux only")
     if os.environ.get("TRITON_INTERPRET") != "1":
@@ -109,6 +110,7 @@ def triton_interpreter() -> Iterator[None]:
         return
     import numpy as np
     import triton.runtime.interpreter as interpreter
+    from triton.language.semantic import TritonSemantic
 
     def patched(tensor: Any, scope: Any, original: Callable[..., None] = interpreter._patch_lang_tensor) -> None:
         original(tensor, scope)
@@ -135,6 +137,7 @@ def triton_interpreter() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
         patch.setattr(interpreter, "_patch_lang_tensor", patched)
         patch.setattr(interpreter, "_patch_lang", patch_lang)
+        patch.setattr(TritonSemantic, "binary_op_sanitize_overflow_impl", lambda *_: None)
         patch.setattr(interpreter.InterpreterBuilder, "create_splat", create_splat)
         patch.setattr(interpreter.GridExecutor, "__call__", launch)
         yield

@@ -7,10 +7,12 @@ test_emulation.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
 
+import emulation
 import pytest
 import torch
 from conftest import DEVICE, moved, needs_cuda
@@ -22,7 +24,14 @@ from constrained_ops._library import TRANSFORMS, compute_dtype
 
 INF, NAN = math.inf, math.nan
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-BACKENDS = ["reference", "cpu", "emulated", pytest.param("cuda", marks=needs_cuda), "triton"]
+BACKENDS = {
+    "reference": [],
+    "cpu": [],
+    "emulated": [pytest.mark.skipif(not emulation.available(), reason="the emulation needs g++ on Linux")],
+    "cuda": [needs_cuda],
+    "triton": [],
+}
+INTERPRETED = DEVICE == "cpu"  # by Triton: a call takes a hundred times as long
 
 
 def triton_kernel(transform: str, kernel: str) -> Callable[..., Any]:
@@ -31,11 +40,7 @@ def triton_kernel(transform: str, kernel: str) -> Callable[..., Any]:
     return KERNELS[transform][kernel]
 
 
-def interpreted_triton(transform: str, kernel: str) -> Callable[..., Any]:
-    return triton_kernel(transform, kernel)
-
-
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[pytest.param(backend, marks=marks) for backend, marks in BACKENDS.items()])
 def kernels(request: pytest.FixtureRequest) -> tuple[Callable[[str, str], Callable[..., Any]], str]:
     """(transform, kernel) -> implementation, and the device that it runs on."""
     backend = request.param
@@ -46,14 +51,10 @@ def kernels(request: pytest.FixtureRequest) -> tuple[Callable[[str, str], Callab
         return _library.overload, "cpu"
     if backend == "triton":
         request.getfixturevalue("triton_interpreter")
-        return interpreted_triton if DEVICE == "cpu" else triton_kernel, DEVICE
+        return triton_kernel, DEVICE
     if backend == "cuda":
         assert _library.has_cuda_library, "the CUDA library is missing"
         return _library.overload, "cuda"
-    import emulation
-
-    if not emulation.available():
-        pytest.skip("the emulation needs g++ on Linux")
     emulated = emulation.load()
     return lambda transform, kernel: emulated[transform][kernel], "cpu"
 
@@ -94,6 +95,7 @@ def test_operands_lie_as_they_did_on_another_device() -> None:
 
 
 LAYOUTS = [contiguous, transposed, sliced, expanded, unaligned]
+SHAPES = [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)]
 BOUNDS = {
     "both": (-1.0, 2.5),
     "lower": (-0.5, INF),
@@ -128,6 +130,24 @@ def check(
         assert ((result.cpu().double() - expected)[finite].abs() <= tolerance).all(), f"{operator}, result {i}"
 
 
+def cases(meet: int, reference: bool = True, **axes: list[Any]) -> pytest.MarkDecorator:
+    """Parameters of a test: every backend, with or without the reference, at every point that the axes span.
+
+    In Triton's interpreter a launch takes tens of milliseconds whatever the size, and nothing in the kernels and their
+    launchers looks at all axes at once: shapes decide on blocks, layouts on copies, dtypes on conversions. There it is
+    one point in `meet`, so chosen that any two values of two axes still meet if there are three axes.
+    """
+    chosen = []
+    for backend, *point in itertools.product(
+        BACKENDS if reference else list(BACKENDS)[1:], *map(enumerate, axes.values())
+    ):
+        if backend != "triton" or not INTERPRETED or sum(i for i, _ in point) % meet == 0:
+            values = [value for _, value in point]
+            names = [getattr(value, "__name__", str(value).removeprefix("torch.")) for value in values]
+            chosen.append(pytest.param(backend, *values, marks=BACKENDS[backend], id="-".join([backend, *names])))
+    return pytest.mark.parametrize(["kernels", *axes], chosen, indirect=["kernels"])
+
+
 def operands(
     shape: tuple[int, ...], dtype: torch.dtype, layout: Callable[[Tensor], Tensor], count: int
 ) -> list[Tensor]:
@@ -143,7 +163,7 @@ def test_elementwise_operators_agree(kernels: Any, transform: str, layout: Any, 
     raw, along, grad_x, grad_log_det, other = operands(shape, dtype, layout, 5)
     plain = contiguous(grad_x)  # strides unlike raw's
     # In the interpreter a call takes a hundred times as long; test_triton goes through all of them once.
-    interpreted = of is interpreted_triton
+    interpreted = INTERPRETED and of is triton_kernel
     for lower, upper in (
         list(BOUNDS.values())[: 1 if interpreted else None] if transform == "bounded" else [(-0.5, INF)]
     ):
@@ -176,9 +196,7 @@ def tensor_bounds(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Tens
     return [mixed, (lower, upper), (lower[:1, :1, :1].expand(shape), upper[:1, :1, :1].expand(shape)), column]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+@cases(len(SHAPES), shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
 def test_simplex_operators_agree(kernels: Any, shape: tuple[int, ...], layout: Any, dtype: torch.dtype) -> None:
     of, device = kernels
     raw, along, grad_x = operands(shape, dtype, layout, 3)
@@ -250,9 +268,7 @@ def test_results_that_are_not_needed() -> None:
             assert torch.equal(result, wanted) if needed >> i & 1 else result.numel() == 0
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+@cases(len(SHAPES), shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
 def test_projection_operators_agree(kernels: Any, shape: tuple[int, ...], layout: Any, dtype: torch.dtype) -> None:
     of, device = kernels
     x, grad_y, spread = operands(shape, dtype, layout, 3)
@@ -285,43 +301,40 @@ def bijection_grads(raw: Tensor, dim: int, layout: Callable[[Tensor], Tensor]) -
     return layout(grad_x), grad_log_det
 
 
-def check_bijection(of: Any, device: str, kind: str, raw: Tensor, along: Tensor, dim: int, layout: Any) -> None:
+def check_bijection(
+    of: Any, device: str, kind: str, raw: Tensor, along: Tensor, dim: int, layout: Any, given: slice = slice(None)
+) -> None:
     g, h = bijection_grads(raw, dim, layout)
     size = raw.shape[dim] + 1
     # Logarithms and their gradients are sums over rows, whose rounding grows with them.
     sums = 1.0 + float(raw.abs().max()) * float(along.abs().max()) * size
     check(kind, "forward", of(kind, "forward"), device, raw, dim)
     check(kind, "forward_log_det", of(kind, "forward_log_det"), device, raw, dim, scale=float(size))
-    for grads in ((g, None), (None, h), (g, h)):
+    for grads in ((g, None), (None, h), (g, h))[given]:
         check(kind, "backward", of(kind, "backward"), device, *grads, raw, dim, scale=4.0 * size)
         check(kind, "double_backward", of(kind, "double_backward"), device, along, *grads, raw, dim, 7, scale=sums)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 70, 3), (1, 2, 130), (70, 1, 2)], ids=str)
+@cases(len(SHAPES), shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_bijection_operators_agree(
     kernels: Any, kind: str, shape: tuple[int, ...], layout: Any, dtype: torch.dtype
 ) -> None:
     of, device = kernels
-    if of is interpreted_triton and shape != (2, 70, 3) and (dtype, layout) != (torch.float32, contiguous):
-        pytest.skip("the interpreter takes seconds for each: all shapes, and at one of them all dtypes and layouts")
-    if of is interpreted_triton and dtype != torch.float32 and layout is not contiguous:
-        pytest.skip("the interpreter takes seconds for each: loads are those of float32")
     raw, along = operands(shape, dtype, layout, 2)
     for dim in range(3):
-        for grads_layout in dict.fromkeys((contiguous, layout)):
-            check_bijection(of, device, kind, raw, along, dim, grads_layout)
+        grads_layouts, given = list(dict.fromkeys((contiguous, layout))), slice(None)
+        if INTERPRETED and of is triton_kernel:  # one of the layouts, and one of three ways to give gradients
+            turn = dim + DTYPES.index(dtype)
+            grads_layouts, given = [grads_layouts[turn % len(grads_layouts)]], slice(turn % 3, turn % 3 + 1)
+        for grads_layout in grads_layouts:
+            check_bijection(of, device, kind, raw, along, dim, grads_layout, given)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", [contiguous, transposed, sliced, expanded], ids=lambda layout: layout.__name__)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@cases(2, reference=False, layout=[contiguous, transposed, sliced, expanded], dtype=[torch.float32, torch.float16])
 def test_bijection_results_lie_as_promised(kernels: Any, kind: str, layout: Any, dtype: torch.dtype) -> None:
     of, device = kernels
-    if of(kind, "forward") is _library._references[kind]["forward"]:
-        pytest.skip("the formulas themselves promise no layout")
     for shape in ((3, 4, 5), (3, 1, 5), (1, 1, 1), (2, 0, 3), (0, 2, 3)):
         raw = layout(torch.randn(shape).to(dtype)).to(device)
         for dim in range(3):

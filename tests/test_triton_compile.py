@@ -27,6 +27,10 @@ TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip
 EVERYTHING_IN = {"sm_80": torch.float32, "sm_90": torch.bfloat16, "gfx942": torch.float64}
 DTYPES = {target: [torch.float32, torch.bfloat16, torch.float64] for target in TARGETS}
 DTYPES["sm_80"].append(torch.float16)  # elsewhere it would differ from bfloat16 in conversions alone
+# Bytes on the stack that a kernel may have where ptxas compiles, which parks a number or two to save registers.
+STACK = 8
+# Weighted rows of a few numbers: Triton 3.9's stops at 128 registers, where 3.6's takes 175, so that two blocks fit.
+MORE_STACK = {("projection_forward_kernel", "sm_80"): 24}
 INF = math.inf
 
 
@@ -48,13 +52,16 @@ def test_compiles_without_spilling_or_approximations(target: str) -> None:
     assert not [kernel for kernel in kernels if kernel["without_nan"] and kernel["name"] == "elementwise_kernel"]
     # Where all is aligned the step accesses 16 bytes at a time, of which Triton has to be told.
     assert any(kernel["wide"] for kernel in kernels if kernel["name"] == "step_kernel")
-    # ptxas may park a few numbers on the stack to get by with a register less per thread.
-    allowed = 32 if target.startswith("sm") else 0
-    assert not [kernel for kernel in kernels if kernel["stack"] > allowed]
+    allowed = STACK if target.startswith("sm") else 0
+    on_stack = {(kernel["name"], kernel["stack"]) for kernel in kernels}
+    assert not {(name, stack) for name, stack in on_stack if stack > MORE_STACK.get((name, target), allowed)}
 
 
-def every_launch(dtype: torch.dtype, everything: bool) -> None:
-    """Call the kernels so that their launchers make every choice they have. The tensors are never read."""
+def every_launch(dtype: torch.dtype, everything: bool, turn: int) -> None:
+    """Call the kernels so that their launchers make every choice they have. The tensors are never read.
+
+    For rows of each shape some gradients are left out, others in each `turn`: all of them in three turns.
+    """
     from constrained_ops.triton import KERNELS, launch
     from constrained_ops.triton import simplex as rowwise
 
@@ -94,7 +101,7 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
     exponential["forward_log_det.tensor"](raw, row, row)
     exponential["backward.tensor"](raw, raw, raw, row, row, 7)
     exponential["double_backward.tensor"](raw, bound, bound, raw, raw, raw, bound, bound, 31)
-    for shape in ((64, 5), (64, 1024), (2, 16384), (2, 16, 64), (2, 1024, 64)):
+    for i, shape in enumerate(((64, 5), (64, 1024), (2, 16384), (2, 16, 64), (2, 1024, 64)), turn):
         raw = torch.empty(shape, dtype=dtype)
         simplex["forward"](raw, 1)
         simplex["backward"](raw, raw, 1)
@@ -102,14 +109,14 @@ def every_launch(dtype: torch.dtype, everything: bool) -> None:
         x = torch.empty(shape[0], shape[1] + 1, *shape[2:], dtype=dtype)
         for bijection in bijections:
             bijection["forward"](raw, 1)
-            bijection["backward"](x, None, raw, 1)
-            bijection["backward"](None, raw[:, 0], raw, 1)
+            bijection["backward"](*((x, None), (None, raw[:, 0]))[i % 2], raw, 1)
             bijection["double_backward"](raw, x, raw[:, 0], raw, 1, 7)
         projection["forward"](raw, 1, 1.0)
         projection["forward.weighted"](raw, raw, 1, 1.0)
-        projection["backward"](raw, raw, 1)
-        projection["backward.weighted"](raw, None, raw, raw, 1, 1)
-        projection["backward.weighted"](raw, raw, raw, raw, 1, 2)
+        if i % 3 == 0:
+            projection["backward"](raw, raw, 1)
+        else:
+            projection["backward.weighted"](raw, raw, raw, raw, 1, i % 3)
 
 
 def every_step(dtype: torch.dtype, everything: bool) -> None:
@@ -176,7 +183,7 @@ def compile_for(target: str) -> None:
     triton.knobs.compilation.listener = report
     driver.set_active(Driver())
     for dtype in DTYPES[target]:
-        every_launch(dtype, everything=dtype == EVERYTHING_IN[target])
+        every_launch(dtype, everything=dtype == EVERYTHING_IN[target], turn=list(TARGETS).index(target))
 
 
 if __name__ == "__main__":
