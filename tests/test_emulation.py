@@ -345,9 +345,12 @@ def test_layouts_of_bijections(kernels: Any, layout: str) -> None:
     [
         (torch.float32, 8192),
         (torch.float32, 8193),
+        (torch.float32, 8196),
         (torch.float32, 16_388),
         (torch.float16, 8200),
         (torch.bfloat16, 8200),
+        (torch.float16, 8201),
+        (torch.bfloat16, 8201),
         (torch.float64, 5000),
         (torch.float32, 16_385),
         (torch.float16, 16_401),
