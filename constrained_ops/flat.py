@@ -69,6 +69,8 @@ class FlatParameters:
             raise ValueError(f"FlatParameters: parameters must be on one device, got {where}")
         self.device = next(iter(devices), torch.device("cpu"))
         widest = _widest(params.values())
+        if dtype is not None and not isinstance(dtype, torch.dtype):
+            raise TypeError(f"FlatParameters: dtype must be a torch.dtype, got {dtype!r}")
         self.dtype = dtype or widest
         if not self.dtype.is_floating_point or torch.promote_types(self.dtype, widest) != self.dtype:
             raise ValueError(f"FlatParameters: dtype must hold the parameters' {widest}, got {self.dtype}")

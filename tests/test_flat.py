@@ -133,6 +133,8 @@ def test_mixed_dtypes_stay_strictly_inside(far: float) -> None:
 def test_theta_of_another_dtype() -> None:
     with pytest.raises(ValueError, match="dtype must hold the parameters' "):
         flat_model(dtype=torch.float32)
+    with pytest.raises(TypeError, match=r"dtype must be a torch\.dtype, got 'float64'"):
+        flat_model(dtype="float64")
     model32 = Model(torch.float32)
     flat = co.FlatParameters(model32, {"rate": constraints.unit_interval}, dtype=F64)
     theta = flat.initial()
