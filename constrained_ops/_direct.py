@@ -31,7 +31,7 @@ def caller(library: Any) -> Callable[[Operator], Callable[..., Any]]:
     """What turns an operator of ``library``, the module ``_C``, into a function that goes past the dispatcher."""
     profiler = torch.autograd.profiler
     try:
-        _ = profiler._is_profiler_enabled
+        _ = profiler._is_profiler_enabled  # asked for by its name below: the flag is bound anew at each change
         known = library.open_direct(
             exchange=torch.Tensor.__dlpack_c_exchange_api__,
             types=[torch.Tensor, torch.nn.Parameter],
