@@ -147,6 +147,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # several processes with a thread pool each get in each other's way
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first, lest one process should work on it long after the others have ended."""
+    items.sort(key=lambda item: item.path.stem not in ("test_triton_compile", "test_sanitizers"))
+
+
 def pytest_runtest_teardown(item: pytest.Item) -> None:
     """What ``python -m benchmarks.kernels --list`` tells of emulated tests."""
     emulation.note_launches(getattr(item, "originalname", item.name))
