@@ -17,7 +17,9 @@ from ._library import Kernels
 _any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", lambda *args: True)
 
 
-def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
+def applier(
+    function: type[Function], jvp: Callable[..., Any], recorded: Callable[..., Any] | None = None
+) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
 
     ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself, with the reference formulas
@@ -26,11 +28,31 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
 
     - ``torch.func`` one with a rule for ``vmap``, through the Python part of ``Function.apply``, which unwraps what it
       has wrapped and costs a small tensor a tenth of its whole forward and backward;
-    - plain autograd one whose ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the
-      arguments of the others to their signature at each call, which takes four times as long as all the rest of it;
+    - plain autograd ``recorded``, :func:`recorder`'s without one;
     - where nothing is to be recorded, no Function at all, which takes longer than the transform of a small tensor.
     """
+    compute: Callable[..., Any] = function.forward
+    transformed = _derived(function, jvp=staticmethod(jvp), generate_vmap_rule=True)
+    record = recorded or recorder(function, jvp)
 
+    def apply(*args: Any) -> Any:
+        if is_compiling():
+            return function.apply(*[arg.reference if isinstance(arg, Kernels) else arg for arg in args])
+        if torch._C._are_functorch_transforms_active():
+            return transformed.apply(*args)
+        if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
+            return record(*args)
+        return compute(*args)
+
+    return apply
+
+
+def recorder(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
+    """What applies ``function`` in plain autograd: at the class of C++, past the Python part.
+
+    ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the arguments of Functions that
+    have one to their signature at each call, which takes four times as long as all the rest of it.
+    """
     compute: Callable[..., Any] = function.forward
     setup: Callable[..., None] = function.setup_context
 
@@ -39,23 +61,28 @@ def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., 
         setup(ctx, args, output)
         return output
 
-    def derived(**members: Any) -> Any:
-        return type(function.__name__, (function,), {"jvp": staticmethod(jvp), **members})
+    plain = _derived(
+        function,
+        jvp=staticmethod(jvp),
+        forward=staticmethod(forward),
+        setup_context=staticmethod(Function.setup_context),
+    )
+    return past_python(plain)
 
-    transformed = derived(generate_vmap_rule=True)
-    plain = derived(forward=staticmethod(forward), setup_context=staticmethod(Function.setup_context))
-    recorded: Callable[..., Any] = super(Function, plain).apply
 
-    def apply(*args: Any) -> Any:
-        if is_compiling():
-            return function.apply(*[arg.reference if isinstance(arg, Kernels) else arg for arg in args])
-        if torch._C._are_functorch_transforms_active():
-            return transformed.apply(*args)
-        if (torch.is_grad_enabled() and _any_requires_grad(*args)) or forward_ad._current_level >= 0:
-            return recorded(*args)
-        return compute(*args)
+def past_python(function: type[Function]) -> Callable[..., Any]:
+    """``function.apply`` for calls that ``torch.func`` has no part in."""
+    return super(Function, function).apply  # type: ignore[misc]
 
-    return apply
+
+def _derived(function: type[Function], **members: Any) -> Any:
+    return type(function.__name__, (function,), members)
+
+
+def save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
+    """``ctx.save_for_forward`` where there is a forward mode, which mostly there is not."""
+    if forward_ad._current_level >= 0:
+        ctx.save_for_forward(*tensors)
 
 
 def is_transforming() -> bool:

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 
-from ._autograd import applier, bits, needs_graph, only
+from ._autograd import applier, bits, needs_graph, only, past_python, recorder, save_for_forward
 from ._library import Kernels, compute_dtype
 
 _INTEGERS = {
@@ -171,7 +171,7 @@ class Transform(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         raw, ctx.lower, ctx.upper, ctx.kernels, ctx.with_log_det = inputs
         ctx.save_for_backward(raw)
-        ctx.save_for_forward(raw)
+        save_for_forward(ctx, raw)
         if ctx.with_log_det:
             ctx.set_materialize_grads(False)
 
@@ -209,7 +209,7 @@ class TransformBackward(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.lower, ctx.upper, ctx.kernels = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save_for_forward(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, along_raw: Tensor) -> Any:
@@ -238,20 +238,38 @@ class TensorTransform(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.kernels, ctx.with_log_det = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save_for_forward(ctx, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         wanted = ctx.needs_input_grad[:3]
-        raw, lower, upper = ctx.saved_tensors
-        if needs_graph():
-            results = _tensor_transform_backward(grad_x, grad_log_det, raw, lower, upper, ctx.kernels, bits(wanted))
-        else:
-            results = ctx.kernels.backward_tensor(grad_x, grad_log_det, raw, lower, upper, bits(wanted))
-        if not (wanted[1] or wanted[2]):  # mostly, and only() costs a small tensor as much as a kernel
-            return results[0], None, None, None, None
-        return *only(wanted, results), None, None
+        return *only(wanted, _tensor_gradients(ctx, grad_x, grad_log_det, bits(wanted))), None, None
+
+
+class TransformBetween(Function):
+    """:class:`TensorTransform` for bounds that want no gradients: one argument, into which autograd does not look.
+
+    That takes a small tensor a quarter less time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, raw: Tensor, bounds: tuple[Tensor, Tensor], kernels: Kernels, with_log_det: bool) -> Any:
+        ctx.kernels = kernels
+        ctx.save_for_backward(raw, *bounds)
+        ctx.set_materialize_grads(False)
+        return TensorTransform.forward(raw, *bounds, kernels, with_log_det)
+
+    @staticmethod
+    def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
+        return _tensor_gradients(ctx, grad_x, grad_log_det, 1)[0], None, None, None
+
+
+def _tensor_gradients(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None, needed: int) -> Any:
+    raw, lower, upper = ctx.saved_tensors
+    if needs_graph():
+        return _tensor_transform_backward(grad_x, grad_log_det, raw, lower, upper, ctx.kernels, needed)
+    return ctx.kernels.backward_tensor(grad_x, grad_log_det, raw, lower, upper, needed)
 
 
 def _tensor_transform_backward_jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -284,7 +302,7 @@ class TensorTransformBackward(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.kernels, ctx.needed = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save_for_forward(ctx, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
@@ -298,7 +316,17 @@ class TensorTransformBackward(Function):
         return *only(wanted, results), None, None
 
 
+_record_tensor_transform = recorder(TensorTransform, _tensor_transform_jvp)
+_record_between = past_python(TransformBetween)
+
+
+def _recorded_tensor_transform(raw: Tensor, lower: Tensor, upper: Tensor, *rest: Any) -> Any:
+    if lower.requires_grad or upper.requires_grad or forward_ad._current_level >= 0:
+        return _record_tensor_transform(raw, lower, upper, *rest)
+    return _record_between(raw, (lower, upper), *rest)
+
+
 transform = applier(Transform, _transform_jvp)
 _transform_backward = applier(TransformBackward, _transform_backward_jvp)
-tensor_transform = applier(TensorTransform, _tensor_transform_jvp)
+tensor_transform = applier(TensorTransform, _tensor_transform_jvp, _recorded_tensor_transform)
 _tensor_transform_backward = applier(TensorTransformBackward, _tensor_transform_backward_jvp)

@@ -35,7 +35,7 @@ from torch.autograd import Function
 from torch.nn.functional import logsigmoid
 
 from . import _library
-from ._autograd import applier, bits, needs_graph, only
+from ._autograd import applier, bits, needs_graph, only, save_for_forward
 from ._library import Kernels, compute_dtype
 from ._rows import centered, shifted, smallest_positive
 
@@ -229,7 +229,7 @@ class Bijection(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         raw, ctx.dim, ctx.kernels, ctx.with_log_det = inputs
         ctx.save_for_backward(raw)
-        ctx.save_for_forward(raw)
+        save_for_forward(ctx, raw)
         if ctx.with_log_det:
             ctx.set_materialize_grads(False)
 
@@ -265,7 +265,7 @@ class BijectionBackward(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.dim, ctx.kernels = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save_for_forward(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, along_raw: Tensor) -> Any:

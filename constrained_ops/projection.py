@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from . import _checks, _library
-from ._autograd import applier, bits, implementation, needs_graph, only, operators
+from ._autograd import applier, bits, implementation, needs_graph, only, operators, save_for_forward
 from ._library import compute_dtype
 
 # --- Reference -----------------------------------------------------------------------------------------------------
@@ -130,7 +130,7 @@ class Projection(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, ctx.dim, _ = inputs
         ctx.save_for_backward(output)
-        ctx.save_for_forward(output)
+        save_for_forward(ctx, output)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:
@@ -155,7 +155,7 @@ class ProjectionBackward(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         _, y, ctx.dim = inputs
         ctx.save_for_backward(y)
-        ctx.save_for_forward(y)
+        save_for_forward(ctx, y)
 
     @staticmethod
     def backward(ctx: Any, along_x: Tensor) -> Any:
@@ -183,7 +183,7 @@ class WeightedProjection(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         x, weight, ctx.dim, _ = inputs
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight, output)
-        ctx.save_for_forward(x, weight, output)
+        save_for_forward(ctx, x, weight, output)
 
     @staticmethod
     def backward(ctx: Any, grad_y: Tensor) -> Any:

@@ -17,7 +17,7 @@ from torch.autograd import Function
 from torch.compiler import is_compiling
 
 from . import _checks, _library, bijection
-from ._autograd import applier, bits, implementation, needs_graph, only
+from ._autograd import applier, bits, implementation, needs_graph, only, save_for_forward
 from ._library import compute_dtype
 from ._rows import centered, shifted, smallest_positive
 
@@ -78,7 +78,7 @@ class Softmax(Function):
         raw, ctx.dim = inputs
         exact = raw.is_cpu and raw.dtype in (torch.float32, torch.float64) and not is_compiling()
         ctx.save_for_backward(raw, output if exact else None)
-        ctx.save_for_forward(raw)
+        save_for_forward(ctx, raw)
 
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor) -> Any:
@@ -105,7 +105,7 @@ class SoftmaxBackward(Function):
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
         *tensors, ctx.dim = inputs
         ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        save_for_forward(ctx, *tensors)
 
     @staticmethod
     def backward(ctx: Any, along_raw: Tensor) -> Any:
