@@ -16,7 +16,7 @@ SOURCES = [CPU / "loops" / f"{name}.cpp" for name in ("projection", "bounded", "
 # As in CMakeLists.txt, but for optimization, which would hide mistakes and takes the compiler long. What is left out of
 # UBSan, checks of every pointer, AddressSanitizer sees as well, and they double the time of the build.
 FLAGS = [
-    *("-std=c++20", "-O1", "-g1", "-fno-var-tracking", "-fopenmp-simd"),
+    *("-std=c++20", "-Og", "-g1", "-fno-var-tracking", "-fopenmp-simd"),
     *("-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"),
     *("-Wall", "-Werror", "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"),
     *("-fsanitize=address,undefined", "-fno-sanitize=null,object-size,pointer-overflow", "-fno-sanitize-recover=all"),

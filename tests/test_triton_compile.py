@@ -25,8 +25,11 @@ from constrained_ops._library import TRANSFORMS, compute_dtype
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 EVERYTHING_IN = {"sm_80": torch.float32, "sm_90": torch.bfloat16, "gfx942": torch.float64}
-DTYPES = {target: [torch.float32, torch.bfloat16, torch.float64] for target in TARGETS}
-DTYPES["sm_80"].append(torch.float16)  # elsewhere it would differ from bfloat16 in conversions alone
+DTYPES = {  # the 16-bit ones differ from float32, and from each other, in conversions alone
+    "sm_80": [torch.float32, torch.float16, torch.float64],
+    "sm_90": [torch.bfloat16, torch.float64],
+    "gfx942": [torch.float64, torch.float32, torch.bfloat16],
+}
 # Bytes on the stack that a kernel may have where ptxas compiles, which parks a number or two to save registers.
 STACK = 8
 # Weighted rows of a few numbers: Triton 3.9's stops at 128 registers, where 3.6's takes 175, so that two blocks fit.
