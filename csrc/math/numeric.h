@@ -131,7 +131,8 @@ CO_HD double atanh_tail(double z2) {  // Taylor series: the first term left out 
   return polynomial(c, z2);
 }
 
-// e^x = 2^k (1 + p), |ln(1 + p)| <= ln2 / 2, for x within the format's exponents.
+// e^x = 2^k (1 + p), |ln(1 + p)| <= ln2 / 2, for x within the format's exponents. Written 2^k + 2^k p it is one
+// operation where there is FMA, and rounded once in any case.
 template <typename T>
 struct Reduced {
   using Int = typename Format<T>::Int;
@@ -165,7 +166,7 @@ CO_HD Exp<T> exp_nonpositive(T x) {
   const Reduced<T> r(x < least ? least : x);
   const T lifted = r.lifted(), lower = power_of_two<T>(-F::lift);  // 2^k itself may be subnormal
   const T scale = lifted * lower;
-  return {(T(1) + r.p) * lifted * lower, r.p * scale + (scale - T(1))};
+  return {(lifted + r.p * lifted) * lower, r.p * scale + (scale - T(1))};
 }
 
 // 2^lift e^x for x <= 0: one multiplication less, for those who divide by such a number in the end.
@@ -173,7 +174,7 @@ template <typename T>
 CO_HD T lifted_exp_nonpositive(T x) {
   const T least = exp_limit<T>(0);
   const Reduced<T> r(x < least ? least : x);
-  return (T(1) + r.p) * r.lifted();
+  return r.lifted() + r.p * r.lifted();
 }
 
 // For any x.
@@ -181,7 +182,8 @@ template <typename T>
 CO_HD T exp(T x) {
   const Reduced<T> r(clamp(x, exp_limit<T>(0), exp_limit<T>(1)));
   const auto k = r.k(), half = k >> 1;  // 2^k in two factors: k alone may leave the normal exponents at either end
-  return (T(1) + r.p) * power_of_two<T>(half) * power_of_two<T>(k - half);
+  const T first = power_of_two<T>(half);
+  return (first + r.p * first) * power_of_two<T>(k - half);
 }
 
 // log(1 + e) for 0 <= e <= 1.
