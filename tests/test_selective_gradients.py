@@ -107,6 +107,40 @@ def test_raw_and_bounds_apart(wanted: Any, expected: set[int], return_log_det: b
     assert [each.grad is not None for each in inputs] == list(wanted)
 
 
+CONSTANT_BOUNDS = {
+    "bounded": lambda raw, lower, upper: co.bounded(raw, lower, upper),
+    "bounded with log_det": lambda raw, lower, upper: co.bounded(raw, lower, upper, return_log_det=True),
+    "softplus": lambda raw, lower, _: co.positive(raw, lower),
+    "exp with log_det": lambda raw, lower, _: co.positive(raw, lower, kind="exp", return_log_det=True),
+}
+
+
+@pytest.mark.parametrize("function", CONSTANT_BOUNDS.values(), ids=CONSTANT_BOUNDS)
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_constant_bounds_give_raw_the_gradients_that_learned_ones_give(function: Any, create_graph: bool) -> None:
+    raw = leaf(4, 3)
+
+    def gradients(learned: bool) -> list[Tensor]:
+        results = function(raw, *bounds(learned, learned))
+        loss = sum(each.pow(3).sum() for each in (results if isinstance(results, tuple) else (results,)))
+        (first,) = torch.autograd.grad(loss, raw, create_graph=create_graph)
+        return [first, *(torch.autograd.grad(first.square().sum(), raw) if create_graph else ())]
+
+    torch.testing.assert_close(gradients(False), gradients(True), rtol=0, atol=0)
+    constant = bounds(False, False)
+    assert torch.autograd.gradcheck(lambda raw: function(raw, *constant), raw)
+    assert torch.autograd.gradgradcheck(lambda raw: function(raw, *constant), raw)
+
+
+@pytest.mark.parametrize("changed", [0, 1])
+def test_a_constant_bound_changed_before_backward_is_noticed(changed: int) -> None:
+    constant = [bound.expand(4, 3).clone() for bound in bounds(False, False)]
+    x = co.bounded(leaf(4, 3), *constant)
+    constant[changed].mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        x.sum().backward()
+
+
 @pytest.mark.parametrize("kind", ["softplus", "exp"])
 def test_a_lower_bound_alone(kind: str) -> None:
     raw, (lower, _) = leaf(4, 3, grad=False), bounds(True, False)
