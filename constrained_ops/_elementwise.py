@@ -250,7 +250,7 @@ class TensorTransform(Function):
 class TransformBetween(Function):
     """:class:`TensorTransform` for bounds that want no gradients: one argument, into which autograd does not look.
 
-    That takes a small tensor a quarter less time.
+    That takes the forward of a small tensor a tenth less time.
     """
 
     @staticmethod

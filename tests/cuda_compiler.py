@@ -1,7 +1,6 @@
 """What nvcc made of the CUDA kernels, without a GPU: registers, local memory and how wide they access memory.
 
-Read from the machine code: of the installed library for the architectures that it has, for newer ones as a driver
-would make it of the library's PTX, else of a compilation.
+Read from the machine code: of the installed library for the architectures that it has, else of a compilation.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -83,35 +82,19 @@ def wide_accesses(disassembly: str) -> dict[str, tuple[int, int]]:
     return {name: (count("LD", text), count("ST", text)) for name, text in pairs}
 
 
-def installed_library() -> Path | None:
-    """The CUDA library, if it was built from the sources as they are."""
+def installed_library() -> tuple[Path | None, set[int]]:
+    """The CUDA library that was built from the sources as they are, and for what it has machine code."""
     for library in Path(constrained_ops.__file__).parent.glob("_C_cuda*"):
         if library.stat().st_mtime > max(path.stat().st_mtime for path in emulation.CSRC.rglob("*")):
-            return library
-    return None
+            return library, set(map(int, re.findall(r"sm_(\d+)", cuobjdump(library, "-lelf"))))
+    return None, set()
 
 
-def architectures_in(library: Path, form: str) -> set[int]:
-    """For what it has machine code ("elf"), or "ptx"."""
-    return set(map(int, re.findall(r"sm_(\d+)", cuobjdump(library, f"-l{form}"))))
-
-
-def compiled(file: Path, architecture: int, flags: Sequence[str] = FLAGS) -> dict[str, Compiled]:
-    """A file of CUDA, or of PTX."""
+def compiled(file: Path, architecture: int) -> dict[str, Compiled]:
     with tempfile.TemporaryDirectory() as scratch:
         cubin = Path(scratch) / f"{file.stem}.cubin"
-        emulation.run([NVCC or "nvcc", *flags, "-cubin", f"-arch=sm_{architecture}", str(file), "-o", str(cubin)])
+        emulation.run([NVCC or "nvcc", *FLAGS, "-cubin", f"-arch=sm_{architecture}", str(file), "-o", str(cubin)])
         return kernels_in(cubin, architecture)
-
-
-def assembled(library: Path, architecture: int) -> dict[str, Compiled]:
-    """From the PTX in ``library``."""
-    with tempfile.TemporaryDirectory() as scratch:
-        emulation.run([CUOBJDUMP or "cuobjdump", "-xptx", "all", str(library)], cwd=scratch)
-        found = {}
-        for file in Path(scratch).glob("*.ptx"):
-            found |= compiled(file, architecture, flags=[])
-        return found
 
 
 def kept(name: str, find: Callable[[], dict[str, Compiled]]) -> dict[str, Compiled]:
@@ -129,14 +112,12 @@ def kept(name: str, find: Callable[[], dict[str, Compiled]]) -> dict[str, Compil
 def reports() -> dict[int, dict[str, Compiled]]:
     """By architecture and mangled name."""
     version = emulation.run([NVCC or "nvcc", "--version"]).stdout.split()[-1].replace("/", "_")
-    library = installed_library()
-    has = {form: architectures_in(library, form) if library else set() for form in ("elf", "ptx")}
+    library, there = installed_library()
 
     def of(architecture: int) -> dict[str, Compiled]:
-        if library and (architecture in has["elf"] or any(older < architecture for older in has["ptx"])):
-            read = kernels_in if architecture in has["elf"] else assembled
+        if library is not None and architecture in there:
             name = f"installed.{library.stat().st_mtime_ns}.sm_{architecture}"
-            return kept(name, lambda: read(library, architecture))
+            return kept(name, lambda: kernels_in(library, architecture))
         found = {}
         for file in FILES:
             found |= kept(f"{file.stem}.sm_{architecture}.{version}", partial(compiled, file, architecture))

@@ -245,7 +245,7 @@ def test_compile_agrees_with_eager(function: Any) -> None:
     torch.testing.assert_close(*grads)
 
 
-def test_inductor_compiles_once_for_all_bounds() -> None:
+def test_compile_once_for_all_bounds() -> None:
     """The first bounds are constants to the compiler, the second make them variables, and that is all."""
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("inductor")

@@ -25,11 +25,8 @@ from constrained_ops._library import TRANSFORMS, compute_dtype
 
 TARGETS = {"sm_80": ("cuda", 80, 32), "sm_90": ("cuda", 90, 32), "gfx942": ("hip", "gfx942", 64)}
 EVERYTHING_IN = {"sm_80": torch.float32, "sm_90": torch.bfloat16, "gfx942": torch.float64}
-DTYPES = {  # the 16-bit ones differ from float32, and from each other, in conversions alone
-    "sm_80": [torch.float32, torch.float16, torch.float64],
-    "sm_90": [torch.bfloat16, torch.float64],
-    "gfx942": [torch.float64, torch.float32, torch.bfloat16],
-}
+DTYPES = {target: [torch.float32, torch.bfloat16, torch.float64] for target in TARGETS}
+DTYPES["sm_80"].append(torch.float16)  # elsewhere it would differ from bfloat16 in conversions alone
 # Bytes on the stack that a kernel may have where ptxas compiles, which parks a number or two to save registers.
 STACK = 8
 # Weighted rows of a few numbers: Triton 3.9's stops at 128 registers, where 3.6's takes 175, so that two blocks fit.
@@ -63,8 +60,7 @@ def test_compiles_without_spilling_or_approximations(target: str) -> None:
 def every_launch(dtype: torch.dtype, everything: bool, turn: int) -> None:
     """Call the kernels so that their launchers make every choice they have. The tensors are never read.
 
-    For rows of each shape some gradients are left out, others in each `turn`: all of them in three turns. Bijections,
-    which take longest, get every other shape, the rest of them in the next turn.
+    For rows of each shape some gradients are left out, others in each `turn`: all of them in three turns.
     """
     from constrained_ops.triton import KERNELS, launch
     from constrained_ops.triton import simplex as rowwise
@@ -111,9 +107,9 @@ def every_launch(dtype: torch.dtype, everything: bool, turn: int) -> None:
         simplex["backward"](raw, raw, 1)
         simplex["double_backward"](raw, raw, raw, 1, 2)
         x = torch.empty(shape[0], shape[1] + 1, *shape[2:], dtype=dtype)
-        for bijection in bijections if i % 2 == 0 else ():
+        for bijection in bijections:
             bijection["forward"](raw, 1)
-            bijection["backward"](*((x, None), (None, raw[:, 0]))[i // 2 % 2], raw, 1)
+            bijection["backward"](*((x, None), (None, raw[:, 0]))[i % 2], raw, 1)
             bijection["double_backward"](raw, x, raw[:, 0], raw, 1, 7)
         projection["forward"](raw, 1, 1.0)
         projection["forward.weighted"](raw, raw, 1, 1.0)
