@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.autograd import Function, forward_ad
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ._library import Kernels
 
@@ -17,9 +16,7 @@ from ._library import Kernels
 _any_requires_grad: Callable[..., bool] = getattr(torch._C, "_any_requires_grad", lambda *args: True)
 
 
-def applier(
-    function: type[Function], jvp: Callable[..., Any], recorded: Callable[..., Any] | None = None
-) -> Callable[..., Any]:
+def applier(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function``: differentiable in forward mode too, batched by ``vmap``, and cheap where it can be.
 
     ``torch.compile`` refuses Functions that define ``jvp``, so it gets ``function`` itself, with the reference formulas
@@ -28,12 +25,12 @@ def applier(
 
     - ``torch.func`` one with a rule for ``vmap``, through the Python part of ``Function.apply``, which unwraps what it
       has wrapped and costs a small tensor a tenth of its whole forward and backward;
-    - plain autograd ``recorded``, :func:`recorder`'s without one;
+    - plain autograd one that goes past that part, see :func:`_recorder`;
     - where nothing is to be recorded, no Function at all, which takes longer than the transform of a small tensor.
     """
     compute: Callable[..., Any] = function.forward
     transformed = _derived(function, jvp=staticmethod(jvp), generate_vmap_rule=True)
-    record = recorded or recorder(function, jvp)
+    record = _recorder(function, jvp)
 
     def apply(*args: Any) -> Any:
         if is_compiling():
@@ -47,7 +44,7 @@ def applier(
     return apply
 
 
-def recorder(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
+def _recorder(function: type[Function], jvp: Callable[..., Any]) -> Callable[..., Any]:
     """What applies ``function`` in plain autograd: at the class of C++, past the Python part.
 
     ``forward`` does the work of ``setup_context``: from torch 2.15 on ``apply`` binds the arguments of Functions that
@@ -86,13 +83,8 @@ def save_for_forward(ctx: Any, *tensors: Tensor | None) -> None:
 
 
 def is_transforming() -> bool:
-    """Whether tensors may stand for others here: inside compilers, ``torch.func``, forward mode and dispatch modes."""
-    return (
-        is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-        or is_in_torch_dispatch_mode()
-    )
+    """Whether more than plain autograd looks on: a compiler, ``torch.func`` or forward mode."""
+    return is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def implementation(kernels: Kernels) -> Kernels:

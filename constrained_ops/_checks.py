@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -10,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from ._elementwise import next_above
-from ._library import compute_dtype
+from ._library import bounds_fit, compute_dtype
 
 Bound = float | Tensor
 
@@ -104,48 +105,45 @@ def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def tensor_bounds(op: str, raw: Tensor, lower: Bound, upper: Bound, name: str = "raw") -> tuple[Tensor, Tensor]:
-    """Bounds as the operators take them: raw's shape, its compute dtype, still differentiable."""
-    if (
-        isinstance(raw, Tensor)
-        and isinstance(lower, Tensor)
-        and isinstance(upper, Tensor)
-        and (raw.dtype == torch.float32 or raw.dtype == torch.float64)
-        and lower.dtype == upper.dtype == raw.dtype
-        and lower.shape == upper.shape == raw.shape
-        and lower.device == upper.device == raw.device
-    ):
-        return lower, upper  # nothing to do, found out in half the time
+    """Bounds as the operators take them: they broadcast to raw, in its compute dtype, still differentiable."""
+    if not is_compiling() and bounds_fit(raw, lower, upper):
+        return lower, upper  # type: ignore[return-value]  # nothing to do, which Python takes long to find out
     floating(op, raw, name)
     return _tensor_bound(op, raw, lower, "lower", name), _tensor_bound(op, raw, upper, "upper", name)
 
 
 def _tensor_bound(op: str, raw: Tensor, bound: Bound, argument: str, name: str) -> Tensor:
+    if isinstance(bound, Tensor):
+        if bound.is_complex() or bound.dtype == torch.bool:
+            raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
+        return _operand(op, raw, bound, argument, name)
     compute = compute_dtype(raw.dtype)
-    if not isinstance(bound, Tensor):
-        if not isinstance(bound, (int, float)):
-            raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
-        if bound != bound:
-            raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
-        if torch.finfo(compute).max < abs(bound) < math.inf:
-            raise ValueError(f"{op}: {argument} overflows {compute}, got {argument}={bound}")
-        return torch.full((), bound, dtype=compute, device=raw.device).expand(raw.shape)
-    if bound.is_complex() or bound.dtype == torch.bool:
-        raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
-    return _expanded(op, raw, bound, argument, name)
+    if not isinstance(bound, (int, float)):
+        raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
+    if bound != bound:
+        raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
+    if torch.finfo(compute).max < abs(bound) < math.inf:
+        raise ValueError(f"{op}: {argument} overflows {compute}, got {argument}={bound}")
+    if raw.is_cpu and not is_compiling() and not is_in_torch_dispatch_mode():
+        return _number(bound, compute)
+    return torch.full((), bound, dtype=compute, device=raw.device)
 
 
-def _expanded(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -> Tensor:
-    """``operand`` with raw's shape, in its compute dtype."""
+@functools.lru_cache(maxsize=1024)
+def _number(value: float, dtype: torch.dtype) -> Tensor:
+    """On the CPU: on a GPU a graph that is being captured would own it."""
+    with torch.inference_mode(False):
+        return torch.full((), value, dtype=dtype, device="cpu")
+
+
+def _operand(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -> Tensor:
+    """``operand``, which broadcasts to raw, in raw's compute dtype."""
     if operand.device != raw.device:
         raise ValueError(f"{op}: {argument} is on {operand.device}, {name} on {raw.device}")
-    if operand.dtype != (compute := compute_dtype(raw.dtype)):
-        operand = operand.to(compute)
-    if operand.shape == raw.shape:  # expand() costs a small tensor as much as its kernel
-        return operand
-    if not _expands_to(operand.shape, raw.shape):
+    if not _broadcasts(operand.shape, raw.shape):
         shapes = f"{argument} has shape {tuple(operand.shape)}, {name} {tuple(raw.shape)}"
         raise ValueError(f"{op}: {argument} must broadcast to the shape of {name}; {shapes}")
-    return operand.expand(raw.shape)
+    return operand if operand.dtype == (compute := compute_dtype(raw.dtype)) else operand.to(compute)
 
 
 def spread(raw: Tensor, *bounds: Bound) -> Tensor:
@@ -156,7 +154,9 @@ def spread(raw: Tensor, *bounds: Bound) -> Tensor:
     return raw if raw.shape == shape else raw.expand(shape)
 
 
-def _expands_to(shape: torch.Size, wanted: torch.Size) -> bool:
+def _broadcasts(shape: torch.Size, wanted: torch.Size) -> bool:
+    if shape == wanted[len(wanted) - len(shape) :]:
+        return True
     if len(shape) > len(wanted):
         return False
     return all(have in (1, want) for have, want in zip(reversed(shape), reversed(wanted), strict=False))
@@ -190,7 +190,7 @@ def weight(op: str, x: Tensor, value: Any) -> Tensor:
         raise TypeError(f"{op}: weight must be a Tensor or None, got {type(value).__name__}")
     if value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{op}: weight must be real, got dtype {value.dtype}")
-    return _expanded(op, x, value, "weight", "x")
+    return _operand(op, x, value, "weight", "x").expand(x.shape)
 
 
 def kind(op: str, given: str, known: tuple[str, ...]) -> None:

@@ -38,7 +38,7 @@ class Box:
         _checks.ordered(op, self.lower, self.upper)
         if isinstance(self.lower, Tensor) or isinstance(self.upper, Tensor):
             lower, upper = _checks.tensor_bounds(op, param, self.lower, self.upper, name)
-            return replace(self, lower=lower.detach(), upper=upper.detach())
+            return replace(self, lower=lower.detach().expand(param.shape), upper=upper.detach().expand(param.shape))
         _checks.scalar_bounds(op, param, self.lower, self.upper, name)
         return replace(self, lower=float(self.lower), upper=float(self.upper))
 
@@ -101,7 +101,8 @@ class Box:
         return _TRANSFORMS[self.transform].reference
 
     def _tensors(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return _checks.tensor_bounds("bounds", x, self.lower, self.upper)
+        lower, upper = _checks.tensor_bounds("bounds", x, self.lower, self.upper)
+        return lower.expand(x.shape), upper.expand(x.shape)
 
 
 @dataclass(frozen=True, eq=False)

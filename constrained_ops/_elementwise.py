@@ -6,14 +6,15 @@ backward follow from it.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import Function, forward_ad
+from torch.autograd import Function
 
-from ._autograd import applier, bits, needs_graph, only, past_python, recorder, save_for_forward
+from ._autograd import applier, bits, is_transforming, needs_graph, only, past_python, save_for_forward
 from ._library import Kernels, compute_dtype
 
 _INTEGERS = {
@@ -244,32 +245,46 @@ class TensorTransform(Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         wanted = ctx.needs_input_grad[:3]
-        return *only(wanted, _tensor_gradients(ctx, grad_x, grad_log_det, bits(wanted))), None, None
+        grads = _tensor_gradients(ctx.kernels, grad_x, grad_log_det, ctx.saved_tensors, bits(wanted))
+        return *only(wanted, grads), None, None
 
 
-class TransformBetween(Function):
-    """:class:`TensorTransform` for bounds that want no gradients: one argument, into which autograd does not look.
+@functools.cache
+def _between(kernels: Kernels) -> Callable[..., Any]:
+    """Applies :class:`TensorTransform` in plain autograd to bounds that want no gradients, and that broadcast to raw.
 
-    That takes the forward of a small tensor a tenth less time.
+    The bounds are one argument, into which autograd does not look, and the kernels none: for a small tensor both take
+    long.
     """
 
-    @staticmethod
-    def forward(ctx: Any, raw: Tensor, bounds: tuple[Tensor, Tensor], kernels: Kernels, with_log_det: bool) -> Any:
-        ctx.kernels = kernels
-        ctx.save_for_backward(raw, *bounds)
-        ctx.set_materialize_grads(False)
-        return TensorTransform.forward(raw, *bounds, kernels, with_log_det)
+    class TransformBetween(Function):
+        """(raw, (lower, upper)) -> x, or (x, log_det)."""
 
-    @staticmethod
-    def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
-        return _tensor_gradients(ctx, grad_x, grad_log_det, 1)[0], None, None, None
+        @staticmethod
+        def forward(ctx: Any, raw: Tensor, bounds: tuple[Tensor, Tensor], with_log_det: bool) -> Any:
+            ctx.save_for_backward(raw, *bounds)
+            if with_log_det:
+                ctx.set_materialize_grads(False)
+                return kernels.forward_log_det_tensor(raw, *bounds)
+            return kernels.forward_tensor(raw, *bounds)
+
+        @staticmethod
+        def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
+            return _tensor_gradients(kernels, grad_x, grad_log_det, ctx.saved_tensors, 1)[0], None, None
+
+    return past_python(TransformBetween)
 
 
-def _tensor_gradients(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None, needed: int) -> Any:
-    raw, lower, upper = ctx.saved_tensors
+def _tensor_gradients(
+    kernels: Kernels,
+    grad_x: Tensor | None,
+    grad_log_det: Tensor | None,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    needed: int,
+) -> Any:
     if needs_graph():
-        return _tensor_transform_backward(grad_x, grad_log_det, raw, lower, upper, ctx.kernels, needed)
-    return ctx.kernels.backward_tensor(grad_x, grad_log_det, raw, lower, upper, needed)
+        return _tensor_transform_backward(grad_x, grad_log_det, *inputs, kernels, needed)
+    return kernels.backward_tensor(grad_x, grad_log_det, *inputs, needed)
 
 
 def _tensor_transform_backward_jvp(ctx: Any, *tangents: Tensor | None) -> Any:
@@ -316,17 +331,20 @@ class TensorTransformBackward(Function):
         return *only(wanted, results), None, None
 
 
-_record_tensor_transform = recorder(TensorTransform, _tensor_transform_jvp)
-_record_between = past_python(TransformBetween)
-
-
-def _recorded_tensor_transform(raw: Tensor, lower: Tensor, upper: Tensor, *rest: Any) -> Any:
-    if lower.requires_grad or upper.requires_grad or forward_ad._current_level >= 0:
-        return _record_tensor_transform(raw, lower, upper, *rest)
-    return _record_between(raw, (lower, upper), *rest)
-
-
+_full_transform = applier(TensorTransform, _tensor_transform_jvp)
+_tensor_transform_backward = applier(TensorTransformBackward, _tensor_transform_backward_jvp)
 transform = applier(Transform, _transform_jvp)
 _transform_backward = applier(TransformBackward, _transform_backward_jvp)
-tensor_transform = applier(TensorTransform, _tensor_transform_jvp, _recorded_tensor_transform)
-_tensor_transform_backward = applier(TensorTransformBackward, _tensor_transform_backward_jvp)
+
+
+def tensor_transform(raw: Tensor, lower: Tensor, upper: Tensor, kernels: Kernels, with_log_det: bool) -> Any:
+    """(raw, lower, upper) -> x, or (x, log_det), between bounds that broadcast to raw.
+
+    ``expand`` takes as long as the transform of a small tensor, so that only what differentiates bounds or transforms
+    the call sees bounds of raw's shape.
+    """
+    if not (lower.requires_grad or upper.requires_grad or is_transforming()):
+        if torch.is_grad_enabled() and raw.requires_grad:
+            return _between(kernels)(raw, (lower, upper), with_log_det)
+        return TensorTransform.forward(raw, lower, upper, kernels, with_log_det)
+    return _full_transform(raw, lower.expand(raw.shape), upper.expand(raw.shape), kernels, with_log_det)

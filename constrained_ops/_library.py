@@ -16,7 +16,7 @@ What the operators may rely on, because the public functions see to it:
 
 - ``grad_*`` and ``along_*`` have raw's shape and dtype, with strides of their own; ``None`` stands for zeros.
 - In a projection ``x``, ``y`` and ``weight`` are what raw is elsewhere. ``x`` is ``None`` where only grad_x is needed.
-- Tensor bounds have raw's shape (expanded views included) and its :func:`compute_dtype`, as do their gradients.
+- Tensor bounds broadcast to raw's shape and have its :func:`compute_dtype`. Their gradients have raw's shape.
 - Results have the layout of ``torch.empty_like(raw)``; in a projection of ``y``, or of ``x`` where there is none.
 - A result whose bit in ``needed`` is 0 is an empty tensor.
 - In a bijection ``x`` has one element more along ``dim`` than raw, and ``log_det`` lacks ``dim``; both have raw's order
@@ -261,9 +261,13 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
-    """One more leading dimension is no news to an elementwise kernel, and shifts ``dim`` by one in a rowwise one."""
+    """One more leading dimension is no news to an elementwise kernel, and shifts ``dim`` by one in a rowwise one.
+
+    Dimensions that bounds lack, to broadcast, stand behind it.
+    """
     positions = _argument_positions(operator)
     raw_at, dim_at, needed_at = like_position(operator), positions.get("dim"), positions.get("needed")
+    bounds_at = {positions.get("lower"), positions.get("upper")}
 
     def batched(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
         raw, raw_dim = args[raw_at], in_dims[raw_at]
@@ -275,6 +279,9 @@ def _batching_rule(operator: torch._ops.OpOverload) -> Callable[..., Any]:
                     moved[i] = argument.expand(info.batch_size, *argument.shape)
                 else:
                     moved[i] = argument.movedim(in_dim, 0)
+                if i in bounds_at:
+                    missing = 1 + len(row_shape) - moved[i].dim()
+                    moved[i] = moved[i][(slice(None), *(None,) * missing)]
         if dim_at is not None:
             if not row_shape:  # a batch of 0-dim rows: give the rows their dimension
                 moved = [m.unsqueeze(-1) if isinstance(m, Tensor) else m for m in moved]
@@ -330,7 +337,9 @@ if not has_cpu_library:
     _warn_if_shadowed()
 has_cuda_library = torch.version.cuda is not None and _load("_C_cuda")
 has_triton = find_spec("triton") is not None
-_called = _direct.caller(import_module(f"{__package__}._C")) if has_cpu_library else _direct.dispatched
+_cpu: Any = import_module(f"{__package__}._C") if has_cpu_library else None
+_called = _direct.caller(_cpu) if has_cpu_library else _direct.dispatched
+bounds_fit: Callable[..., bool] = _cpu.bounds_fit if has_cpu_library else lambda *_: False
 
 
 def _triton(transform: str, kernel: str) -> Callable[..., Any]:

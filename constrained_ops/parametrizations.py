@@ -3,53 +3,20 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from . import _checks
-from ._autograd import is_transforming
 from ._checks import Bound
 from ._constraints import Box, ConstraintModule, Record, SimplexOf, interpret
-from ._elementwise import tensor_transform
-from ._library import Kernels, compute_dtype
-from .bounded import _kernels as bounded_kernels
-from .bounded import bounded, bounded_inverse
+from .bounded import bounded_inverse, transform
 from .positive import KINDS as POSITIVE_KINDS
-from .positive import _kernels as exponential_kernels
 from .positive import positive, positive_inverse
 from .simplex import KINDS as SIMPLEX_KINDS
 from .simplex import simplex, simplex_inverse
-
-
-class _Fitted(NamedTuple):
-    """Bounds as the operators take them."""
-
-    lower: Tensor
-    upper: Tensor
-
-
-class _Kept(NamedTuple):
-    """Bounds, for which raw they were fitted, where those that are tensors lie in memory, and what came of it."""
-
-    lower: Bound
-    upper: Bound
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
-    at: tuple[tuple[Tensor, int], ...]
-    fitted: _Fitted | None  # None: numbers
-
-    def serves(self, raw: Tensor, lower: Bound, upper: Bound) -> bool:
-        of_lower, of_upper, shape, dtype, device, at, _ = self
-        if of_lower is not lower or of_upper is not upper or not isinstance(raw, Tensor):
-            return False
-        for bound, address in at:
-            if bound.data_ptr() != address or bound.requires_grad:
-                return False
-        return raw.dtype == dtype and raw.shape == shape and raw.device == device
 
 
 class _Between(ConstraintModule):
@@ -60,56 +27,11 @@ class _Between(ConstraintModule):
 
     lower: Bound
     upper: Bound
-    _op: str
-    _kernels: Kernels
-    _kept: _Kept | None = None
 
-    def forward(self, raw: Tensor) -> Tensor:
-        bounds = self._bounds(raw) if self._buffers and not is_transforming() else (self.lower, self.upper)
-        if isinstance(bounds, _Fitted):
-            return tensor_transform(raw, *bounds, self._kernels, False)
-        return self._transform(raw, *bounds)
-
-    def _transform(self, raw: Tensor, lower: Bound, upper: Bound) -> Tensor:
-        raise NotImplementedError
-
-    def _bounds(self, raw: Tensor) -> tuple[Bound, Bound]:
-        """The bounds, of which at least one is a buffer, in the form that costs least.
-
-        To expand bounds takes as long as all the rest of a small parameter. So they are kept as views, which show what
-        is written to the buffers; a buffer that is another tensor, or has other memory, is fitted anew. Bounds of no
-        dimension are read as numbers each time, where that does not wait for a device.
-        """
-        buffers, kept = self._buffers, self._kept
-        lower: Any = buffers.get("lower")  # a module's __getattr__ takes far longer
-        upper: Any = buffers.get("upper")
-        if lower is None:
-            lower = self.lower
-        if upper is None:
-            upper = self.upper
-        if kept is None or not kept.serves(raw, lower, upper):
-            kept = self._keep(raw, lower, upper)
-            if kept is None:
-                return lower, upper
-            self._kept = kept
-        if kept.fitted is not None:
-            return kept.fitted
-        return _as_number(lower), _as_number(upper)
-
-    def _keep(self, raw: Tensor, lower: Bound, upper: Bound) -> _Kept | None:
-        tensors = [bound for bound in (lower, upper) if isinstance(bound, Tensor)]
-        if any(type(bound) is not Tensor or bound.requires_grad for bound in tensors):
-            return None
-        fitted: _Fitted | None = _Fitted(*_checks.tensor_bounds(self._op, raw, lower, upper))
-        if all(bound.dim() == 0 and bound.is_cpu for bound in tensors):
-            fitted = None
-        elif any(bound.dtype != compute_dtype(raw.dtype) for bound in tensors):
-            return None  # not views, but copies
-        at = tuple((bound, bound.data_ptr()) for bound in tensors)
-        return _Kept(lower, upper, raw.shape, raw.dtype, raw.device, at, fitted)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+    def _bounds(self) -> tuple[Bound, Bound]:
+        buffers = self._buffers  # a module's __getattr__ takes far longer
+        lower, upper = buffers.get("lower"), buffers.get("upper")
+        return self.lower if lower is None else lower, self.upper if upper is None else upper
 
     def _set(self, name: str, bound: Bound) -> None:
         if isinstance(bound, Tensor) and not isinstance(bound, nn.Parameter):
@@ -156,9 +78,6 @@ class Bounded(_Between):
         ValueError: lower >= upper, or a NaN.
     """
 
-    _op = "bounded"
-    _kernels = bounded_kernels
-
     def __init__(self, lower: Bound, upper: Bound) -> None:
         super().__init__()
         _checks.ordered("Bounded", lower, upper)
@@ -168,8 +87,8 @@ class Bounded(_Between):
     def record(self) -> Box:
         return Box(self.lower, self.upper)
 
-    def _transform(self, raw: Tensor, lower: Bound, upper: Bound) -> Tensor:
-        return bounded(raw, lower, upper)
+    def forward(self, raw: Tensor) -> Tensor:
+        return transform("bounded", raw, *self._bounds(), False)
 
     def right_inverse(self, x: Tensor) -> Tensor:
         """The raw of ``x``, a value on a bound included. ValueError if one lies outside, with bounds and value."""
@@ -193,7 +112,6 @@ class Positive(_Between):
     """
 
     upper = math.inf
-    _op = "positive"
 
     def __init__(self, lower: Bound = 0.0, kind: str = "softplus") -> None:
         super().__init__()
@@ -204,15 +122,11 @@ class Positive(_Between):
         self._set("lower", lower)
         self.kind = kind
 
-    @property
-    def _kernels(self) -> Kernels:  # type: ignore[override]
-        return exponential_kernels if self.kind == "exp" else bounded_kernels
-
     def record(self) -> Box:
         return Box(self.lower, math.inf, "exponential" if self.kind == "exp" else "bounded")
 
-    def _transform(self, raw: Tensor, lower: Bound, upper: Bound) -> Tensor:
-        return positive(raw, lower, kind=self.kind)
+    def forward(self, raw: Tensor) -> Tensor:
+        return positive(raw, self._bounds()[0], kind=self.kind)
 
     def right_inverse(self, x: Tensor) -> Tensor:
         """The raw of ``x``, a value on the bound included. ValueError if one lies below, with bounds and value."""
@@ -316,10 +230,6 @@ def _check(op: str, name: str, module: ConstraintModule, x: Tensor) -> None:
     record = module.record().on(op, x, name)
     if not x.is_meta:
         record.check(f"{op}: {name}", x.detach())
-
-
-def _as_number(bound: Bound) -> float:
-    return bound.item() if isinstance(bound, Tensor) else bound
 
 
 def _first_difference(own: Tensor, saved: Tensor) -> tuple[float, float] | None:

@@ -39,16 +39,51 @@ Dtype storage_dtype(const char* op, const Tensor& raw) {
   }
 }
 
+template <typename Tensor>
+bool same_sizes(const Tensor& a, const Tensor& b) {
+  const auto sizes = a.sizes(), others = b.sizes();
+  return sizes.size() == others.size() && std::equal(sizes.begin(), sizes.end(), others.begin());
+}
+
+// How many dimensions `like` has more than `t`.
+template <typename Tensor>
+int64_t missing_dims(const Tensor& t, const Tensor& like) {
+  return static_cast<int64_t>(like.dim()) - static_cast<int64_t>(t.dim());
+}
+
+template <typename Tensor>
+bool broadcasts(const Tensor& t, const Tensor& like) {
+  const int64_t missing = missing_dims(t, like), rank = static_cast<int64_t>(t.dim());
+  bool fits = missing >= 0;
+  for (int64_t d = 0; d < rank && fits; ++d) fits = t.size(d) == 1 || t.size(d) == like.size(missing + d);
+  return fits;
+}
+
+// The stride of `t` along a dimension of `like`, to whose shape it broadcasts.
+template <typename Tensor>
+int64_t stride_along(const Tensor& t, const Tensor& like, int64_t dim) {
+  const int64_t own = dim - missing_dims(t, like);
+  return own < 0 || t.size(own) != like.size(dim) ? 0 : t.stride(own);
+}
+
 // The contract of constrained_ops/_library.py, for callers of the operators themselves.
 template <typename Tensor>
-void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
-                   const char* raw_name = "raw") {
-  const auto sizes = t.sizes(), expected = raw.sizes();
-  STD_TORCH_CHECK(sizes.size() == expected.size() && std::equal(sizes.begin(), sizes.end(), expected.begin()), op, ": ",
-                  name, " must have the shape of ", raw_name);
+void check_kind(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
+                const char* raw_name = "raw") {
   STD_TORCH_CHECK(t.scalar_type() == dtype, op, ": ", name, " has the wrong dtype");
   STD_TORCH_CHECK(t.is_cpu() == raw.is_cpu() && t.get_device_index() == raw.get_device_index(), op, ": ", name,
                   " must be on the device of ", raw_name);
+}
+template <typename Tensor>
+void check_operand(const char* op, const char* name, const Tensor& t, const Tensor& raw, ScalarType dtype,
+                   const char* raw_name = "raw") {
+  STD_TORCH_CHECK(same_sizes(t, raw), op, ": ", name, " must have the shape of ", raw_name);
+  check_kind(op, name, t, raw, dtype, raw_name);
+}
+template <typename Tensor>
+void check_bound(const char* op, const char* name, const Tensor& t, const Tensor& raw) {
+  STD_TORCH_CHECK(broadcasts(t, raw), op, ": ", name, " must broadcast to the shape of raw");
+  check_kind(op, name, t, raw, compute_dtype(raw.scalar_type()));
 }
 
 // Dimensions of more than one element, the one with the largest stride first.
@@ -80,7 +115,8 @@ bool is_dense(const char* op, const Tensor& t) {
 }
 
 template <typename Tensor>
-bool same_strides(const Tensor& a, const Tensor& b) {
+bool same_layout(const Tensor& a, const Tensor& b) {
+  if (!same_sizes(a, b)) return false;
   const auto sizes = a.sizes(), a_strides = a.strides(), b_strides = b.strides();
   for (size_t d = 0; d < sizes.size(); ++d)
     if (sizes[d] != 1 && a_strides[d] != b_strides[d]) return false;
@@ -130,8 +166,8 @@ class BasicResults {
 };
 using Results = BasicResults<Tensor>;
 
-// Strides of all operands over common dimensions, in the order in which the results lie in memory, neighbours merged
-// wherever every operand walks them in one stride.
+// Strides of all operands, which broadcast to the results, over common dimensions in the order in which results lie in
+// memory, neighbours merged wherever every operand walks them in one stride.
 template <int capacity, typename Tensor>
 ElementwiseLayout<capacity> elementwise_layout(const char* op, const BasicResults<Tensor>& results,
                                                const std::array<const Tensor*, capacity>& operands, int count) {
@@ -140,7 +176,7 @@ ElementwiseLayout<capacity> elementwise_layout(const char* op, const BasicResult
   const Tensor& like = results.like();
   layout.numel = like.numel();
   bool linear = results.dense();
-  for (int i = 0; i < count && linear; ++i) linear = !operands[i] || same_strides(*operands[i], like);
+  for (int i = 0; i < count && linear; ++i) linear = !operands[i] || same_layout(*operands[i], like);
   if (linear) {
     layout.rank = 1;
     layout.sizes[0] = layout.numel;
@@ -152,7 +188,7 @@ ElementwiseLayout<capacity> elementwise_layout(const char* op, const BasicResult
     const int dim = order.dims[o];
     const int64_t size = like.size(dim);
     std::array<int64_t, capacity> strides{};
-    for (int i = 0; i < count; ++i) strides[i] = operands[i] ? operands[i]->stride(dim) : 0;
+    for (int i = 0; i < count; ++i) strides[i] = operands[i] ? stride_along(*operands[i], like, dim) : 0;
     const int last = layout.rank - 1;
     bool merge = layout.rank > 0;
     for (int i = 0; i < count && merge; ++i) merge = layout.strides[i][last] == strides[i] * size;
@@ -163,6 +199,7 @@ ElementwiseLayout<capacity> elementwise_layout(const char* op, const BasicResult
   if (layout.rank == 0) {  // one element
     layout.rank = 1;
     layout.sizes[0] = 1;
+    for (int i = 0; i < count; ++i) layout.strides[i][0] = 0;
   }
   return layout;
 }
@@ -186,10 +223,10 @@ RowLayout row_layout(const char* op, const Tensor& dense, int64_t dim) {
   return layout;
 }
 
-// t in the layout of `like`, copied only if it has another.
+// t, which broadcasts to `like`, in its layout; copied only if it has another.
 template <typename Tensor>
 Tensor in_layout_of(const Tensor& t, const Tensor& like) {
-  if (same_strides(t, like)) return t;
+  if (same_layout(t, like)) return t;
   Tensor copy = empty_strided(like, t, t.scalar_type());
   copy_(copy, t);
   return copy;

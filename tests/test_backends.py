@@ -187,13 +187,18 @@ def test_elementwise_operators_agree(kernels: Any, transform: str, layout: Any, 
 
 
 def tensor_bounds(shape: tuple[int, ...], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
-    """Per element with all four kinds, one pair for all, and one per column; numbers that every dtype holds."""
+    """Per element with all four kinds, one pair for all, and some that broadcast; numbers that every dtype holds."""
     compute = compute_dtype(dtype)
     lower = torch.randint(-16, 0, shape).to(compute) / 8
     upper = torch.randint(1, 16, shape).to(compute) / 4
     mixed = torch.where(torch.rand(shape) < 0.3, -INF, lower), torch.where(torch.rand(shape) < 0.3, INF, upper)
-    column = lower[:1, :1].expand(shape), upper[:, :1, :1].expand(shape)
-    return [mixed, (lower, upper), (lower[:1, :1, :1].expand(shape), upper[:1, :1, :1].expand(shape)), column]
+    expanded = lower[:1, :1].expand(shape), upper[:, :1, :1].expand(shape)
+    smaller = [
+        (lower[0, 0, 0], upper[:1, :1, :1]),
+        (lower[0, 0], upper[:, :1, :1]),
+        (lower[0, 0, 0], upper[:, 0, None]),
+    ]
+    return [mixed, (lower, upper), expanded, *smaller]
 
 
 @cases(len(SHAPES), shape=SHAPES, layout=LAYOUTS, dtype=DTYPES)

@@ -112,6 +112,41 @@ def test_operands_of_several_layouts(transform: str, kernel: str) -> None:
     assert spy.dispatched == 0
 
 
+@pytest.mark.parametrize("kernel", [kernel for kernel in _library.ELEMENTWISE if "tensor" in kernel])
+@pytest.mark.parametrize("shapes", [((), ()), ((7,), (1,)), ((5, 1), (1, 1, 1)), ((3, 1, 1), (3, 5, 7))], ids=str)
+def test_bounds_broadcast(kernel: str, shapes: Any) -> None:
+    spy = Spy("bounded", kernel)
+    args = arguments(spy, "bounded", torch.randn(3, 5, 7))
+    names = [argument.name for argument in spy.operator._schema.arguments]
+    at = slice(names.index("lower"), names.index("upper") + 1)
+    bounds = [side * (1 + torch.rand(*shape, 2)[..., 0]) for side, shape in zip((-1.0, 1.0), shapes, strict=True)]
+    for needed in (1, 7):
+        args[-1] = needed if names[-1] == "needed" else args[-1]
+        given, expanded = list(args), list(args)
+        given[at], expanded[at] = bounds, [bound.expand(3, 5, 7).clone() for bound in bounds]
+        assert_same(spy(*given), spy.operator(*given))
+        torch.testing.assert_close(spy.operator(*given), spy.operator(*expanded))
+    for wrong in ((2,), (7, 1), (1, 3, 5, 7)):
+        given[at] = [torch.zeros(wrong), bounds[1]]
+        for call in (spy, spy.operator):
+            with pytest.raises(RuntimeError, match="lower must broadcast to the shape of raw"):
+                call(*given)
+    assert spy.dispatched == 0
+
+
+def test_bounds_that_need_no_conversion() -> None:
+    raw, row, number = torch.randn(5, 7), torch.randn(7), torch.tensor(1.0)
+    fit = _library.bounds_fit
+    assert fit(raw, row, number) and fit(raw.requires_grad_(), raw, row[:1]) and fit(raw.half(), row, row)
+    assert fit(torch.nn.Parameter(raw.double()), row.double(), number.double()) and fit(number, number, number)
+    for wrong in (torch.randn(2), torch.randn(7, 1), torch.randn(1, 5, 7), row.double(), row.half(), row.int(), 1.0):
+        assert not fit(raw, wrong, row) and not fit(raw, row, wrong)
+    for unusual in (row.to("meta"), row.as_subclass(Subclass), row.to_sparse(), "row", None):
+        assert not fit(raw, row, unusual) and not fit(unusual, row, row)
+    assert not fit(raw, row) and not fit(raw, row, row, row)
+    assert not torch.vmap(lambda each: torch.tensor(fit(each, each, row.double())))(raw).any()
+
+
 @pytest.mark.parametrize(("transform", "kernel"), [(t, k) for t, k in KERNELS if "backward" in k])
 def test_what_is_not_given_and_what_is_not_wanted(transform: str, kernel: str) -> None:
     spy = Spy(transform, kernel)

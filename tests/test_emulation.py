@@ -129,9 +129,9 @@ def calls(
 
 
 def tensor_bounds(raw: Tensor, bounds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """The same bounds for all elements, as expanded views."""
-    lower, upper = (torch.tensor(bound, dtype=compute_dtype(raw.dtype)).expand(raw.shape) for bound in bounds)
-    return lower, upper
+    """The same bounds for all elements: one that broadcasts, and an expanded view."""
+    lower, upper = (torch.tensor(bound, dtype=compute_dtype(raw.dtype)) for bound in bounds)
+    return lower, upper.expand(raw.shape)
 
 
 def mixed_bounds(raw: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,12 +204,11 @@ def test_every_map_strided(kernels: Any, transform: str, bounds: Any, dtype: tor
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("lower_shape", [(1, 1), (1, 37), (19, 1), (19, 37)], ids=str)
-@pytest.mark.parametrize("upper_shape", [(1, 1), (1, 37), (19, 37)], ids=str)
+@pytest.mark.parametrize("lower_shape", [(1, 1), (37,), (19, 1), (19, 37)], ids=str)
+@pytest.mark.parametrize("upper_shape", [(), (1, 37), (19, 37)], ids=str)
 def test_broadcast_bounds(kernels: Any, lower_shape: Any, upper_shape: Any, dtype: torch.dtype) -> None:
     compute, shape = compute_dtype(dtype), (19, 37)
-    lower = (-1 - torch.rand(lower_shape, dtype=compute)).expand(shape)
-    upper = (1 + torch.rand(upper_shape, dtype=compute)).expand(shape)
+    lower, upper = -1 - torch.rand(lower_shape, dtype=compute), 1 + torch.rand(upper_shape, dtype=compute)
     for raw in (sample(shape, dtype), sample((37, 19), dtype).t()):
         for transform in BOUNDS:
             for kernel, *args in calls(transform, raw, (lower, upper), lambda: sample(shape, dtype)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from collections.abc import Callable
@@ -218,6 +219,15 @@ def test_vmap_over_bounds_and_nested() -> None:
     torch.testing.assert_close(got, torch.stack([co.bounded(raw, 0.0, float(u)) for u in upper]))
     nested = torch.func.vmap(torch.func.vmap(lambda r: co.simplex(r, 0)))(torch.randn(2, 3, 4, device=DEVICE))
     torch.testing.assert_close(nested.sum(-1), torch.ones(2, 3, device=DEVICE))
+
+
+@pytest.mark.parametrize("function", [co.bounded, torch.ops.constrained_ops.bounded_forward.tensor])
+@pytest.mark.parametrize("in_dims", [dims for dims in itertools.product((0, None), repeat=3) if 0 in dims], ids=str)
+def test_vmap_where_bounds_broadcast(in_dims: Any, function: Any) -> None:
+    raws, lowers, uppers = (torch.rand(shape, dtype=F64, device=DEVICE) for shape in ((5, 2, 3), (5, 3), (5,)))
+    args = [of if dim == 0 else of[0] for of, dim in zip((raws, lowers - 1, uppers + 1), in_dims, strict=True)]
+    want = [function(*(a[i] if dim == 0 else a for a, dim in zip(args, in_dims, strict=True))) for i in range(5)]
+    torch.testing.assert_close(torch.func.vmap(function, in_dims=in_dims)(*args), torch.stack(want))
 
 
 def test_wrapper_that_outlived_its_transform() -> None:

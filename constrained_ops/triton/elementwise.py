@@ -209,7 +209,8 @@ def kernels(transform_between: Callable[[Any, Any], Any]) -> dict[str, Callable[
         if dense is None:
             return results
         with_tensors, double = isinstance(bounds[0], Tensor), raw.dtype == torch.float64
-        walk = Walk.over(dense, (raw, *inputs, *bounds) if with_tensors else (raw, *inputs))
+        expanded = [bound.expand(raw.shape) for bound in bounds] if with_tensors else []
+        walk = Walk.over(dense, (raw, *inputs, *expanded))
         count, block = raw.numel(), 2048 // raw.element_size()  # 16 bytes of raw for each of 128 threads
         with device_of(raw):
             elementwise_kernel[(triton.cdiv(count, block),)](

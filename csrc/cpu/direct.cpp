@@ -97,9 +97,23 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
   return PyObject_Vectorcall(callable.dispatched.ptr(), arguments, count, nullptr);
 }
 
+// bounds_fit(raw, lower, upper)
+PyObject* bounds_fit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  std::array<DirectTensor, 3> tensors;
+  bool fit = python && count == 3;
+  for (int i = 0; i < 3 && fit; ++i) fit = tensors[i].see(arguments[i]);
+  for (int i = 1; i < 3 && fit; ++i)
+    fit = tensors[i].scalar_type() == compute_dtype(tensors[0].scalar_type()) && broadcasts(tensors[i], tensors[0]);
+  return PyBool_FromLong(fit);
+}
+PyMethodDef bounds_fit_method = {
+    "bounds_fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&bounds_fit)), METH_FASTCALL,
+    "Whether bounds need no conversion before an operator may have them, as far as that is soon found out: all three\n"
+    "are plain tensors on the CPU. False before open_direct()."};
+
 }  // namespace
 
-bool DirectTensor::read(PyObject* argument) {
+bool DirectTensor::see(PyObject* argument) {
   if (!is_plain(argument)) return false;
   Py_INCREF(argument);
   object_ = Reference(argument);
@@ -107,7 +121,11 @@ bool DirectTensor::read(PyObject* argument) {
     PyErr_Clear();
     return false;
   }
-  if (view_.device.type != dlpack::cpu || numel_ > largest || dtype_ == ScalarType::Undefined) return false;
+  return view_.device.type == dlpack::cpu && dtype_ != ScalarType::Undefined;
+}
+
+bool DirectTensor::read(PyObject* argument) {
+  if (!see(argument) || numel_ > largest) return false;
   if (numel_ > 0) {
     if (!view_.data) return false;  // the wrapper of another tensor
     // Zeros without memory: the address of a part of them is its offset.
@@ -211,6 +229,7 @@ void define_direct(py::module_& m) {
       "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
       "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
       "float16, bfloat16, float32 and float64.");
+  m.attr("bounds_fit") = py::reinterpret_steal<py::object>(PyCFunction_New(&bounds_fit_method, nullptr));
   m.def(
       "direct",
       [](const std::string& name, py::object dispatched) {

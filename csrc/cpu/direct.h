@@ -42,7 +42,9 @@ class Reference {
 // result that is not wanted, None in Python. Needs the GIL.
 class DirectTensor {
  public:
-  // Once, of an argument: false unless it is a small and plain tensor of the CPU. Throws PythonError.
+  // Once, of an argument: false unless it is a plain tensor of the CPU of a dtype that kernels have.
+  bool see(PyObject* argument);
+  // The same of one that is small, and whose elements are in memory as they are. Throws PythonError.
   bool read(PyObject* argument);
 
   // As torch.empty_like, and with sizes and strides of its own.

@@ -30,9 +30,14 @@ class ElementwiseOp {
     kind_ = low ? (high ? BoundsKind::both : BoundsKind::lower_only)
                 : (high ? BoundsKind::upper_only : BoundsKind::neither);
   }
-  void bounds(const Tensor& lower, const Tensor& upper) {
-    check_operand(name_, "lower", lower, raw_, compute_dtype(raw_.scalar_type()));
-    check_operand(name_, "upper", upper, raw_, compute_dtype(raw_.scalar_type()));
+  // One number for all elements is read here, unless gradients to the bounds are wanted.
+  void bounds(const Tensor& lower, const Tensor& upper, bool with_gradients = false) {
+    check_bound(name_, "lower", lower, raw_);
+    check_bound(name_, "upper", upper, raw_);
+    if (!with_gradients && lower.numel() == 1 && upper.numel() == 1) {
+      bounds(number(lower), number(upper));
+      return;
+    }
     add(&lower);
     add(&upper);
     kind_ = BoundsKind::by_element;
@@ -66,6 +71,10 @@ class ElementwiseOp {
  private:
   static constexpr int64_t elements_per_task = 16384;
 
+  static double number(const Tensor& t) {
+    const void* const at = t.const_data_ptr();
+    return t.scalar_type() == ScalarType::Double ? *static_cast<const double*>(at) : *static_cast<const float*>(at);
+  }
   void add(const Tensor* t) {
     operands_[count_] = t;
     call_.inputs[count_++] = t ? t->const_data_ptr() : nullptr;
@@ -117,7 +126,7 @@ struct ElementwiseOperators {
                                                             const Tensor& raw, const Tensor& lower, const Tensor& upper,
                                                             int64_t needed) {
     ElementwiseOp<Tensor> op(Transform::name, raw);
-    op.bounds(lower, upper);
+    op.bounds(lower, upper, needed & (2 | 4));
     const Kernel kernel = op.gradients(grad_x, grad_log_det);
     Tensor grad_raw = op.output(needed & 1), grad_lower = op.bound_output(needed & 2),
            grad_upper = op.bound_output(needed & 4);
@@ -144,7 +153,7 @@ struct ElementwiseOperators {
       const MaybeTensor& grad_x, const MaybeTensor& grad_log_det, const Tensor& raw, const Tensor& lower,
       const Tensor& upper, int64_t needed) {
     ElementwiseOp<Tensor> op(Transform::name, raw);
-    op.bounds(lower, upper);
+    op.bounds(lower, upper, true);
     op.input("along_raw", along_raw);
     op.input("grad_x", grad_x);
     op.input("grad_log_det", grad_log_det);

@@ -39,7 +39,7 @@ class ElementwiseCall {
       tensors_[k++] = input.tensor;
     }
     for (const Input& bound : of_bounds) {
-      check_operand(op, bound.name, *bound.tensor, raw, compute_dtype(raw.scalar_type()));
+      check_bound(op, bound.name, *bound.tensor, raw);
       tensors_[k++] = bound.tensor;
     }
   }
@@ -130,13 +130,12 @@ struct ElementwiseOps {
     return std::tuple_cat(call.run([&](const Queue& queue, auto tag, const auto& operands) {
       using Storage = typename decltype(tag)::type;
       const ScalarBounds<Storage> source{bounds_of_scalars<Storage>(lower, upper)};
+      if (!call.is_linear()) {  // waits for memory, whichever maps it computes
+        launch_strided<typename Family::TensorMap>(queue, operands, source, call.strided(), call.numel());
+        return;
+      }
       Family::with_map(lower, upper, [&](auto map) {
-        using Map = typename decltype(map)::type;
-        if (call.is_linear()) {
-          launch_linear<Map>(queue, operands, source, call.numel());
-        } else {
-          launch_strided<Map>(queue, operands, source, call.strided(), call.numel());
-        }
+        launch_linear<typename decltype(map)::type>(queue, operands, source, call.numel());
       });
     }));
   }
