@@ -3,6 +3,7 @@
 #include <memory>
 
 #include "bijection_rows.h"
+#include "convert.h"
 #include "of_dtype.h"
 #include "tiles.h"
 
@@ -32,13 +33,13 @@ void run_rows(const Rows& rows, const BijectionRows<T>& at, T* scratch) {
 template <typename Storage, typename T>
 const T* load_numbers(const void* from, int64_t first, int64_t count, T* to) {
   if (!from) return nullptr;
-  for (int64_t l = 0; l < count; ++l) to[l] = to_compute(static_cast<const Storage*>(from)[first + l]);
+  read_numbers(static_cast<const Storage*>(from) + first, 1, count, to);
   return to;
 }
 template <typename Storage, typename T>
 void store_numbers(const T* from, void* to, int64_t first, int64_t count) {
   if (!to) return;
-  for (int64_t l = 0; l < count; ++l) static_cast<Storage*>(to)[first + l] = to_storage<Storage>(from[l]);
+  write_numbers(from, count, static_cast<Storage*>(to) + first, 1);
 }
 
 template <typename Kind, Kernel kernel, typename Storage>
@@ -86,12 +87,11 @@ void run_single(const BijectionCall& call, const RowUnits& units, int64_t begin,
     const Storage* at = static_cast<const Storage*>(from) + first;
     if constexpr (std::is_same_v<Storage, T>)
       if (inner == 1) return at;
-    for (int64_t k = 0; k < count; ++k) tile(i)[k] = to_compute(at[k * inner]);
+    read_numbers(at, inner, count, tile(i));
     return tile(i);
   };
   const auto store = [&](const T* from, void* to, int64_t first, int64_t count) {
-    if (!to) return;
-    for (int64_t k = 0; k < count; ++k) static_cast<Storage*>(to)[first + k * inner] = to_storage<Storage>(from[k]);
+    if (to) write_numbers(from, count, static_cast<Storage*>(to) + first, inner);
   };
   const auto run_row = [&](int64_t row) {
     const int64_t first = row / inner * size * inner + row % inner;

@@ -7,6 +7,7 @@
 
 #include "../../math/elementwise.h"
 #include "../loops.h"
+#include "convert.h"
 #include "of_dtype.h"
 
 namespace constrained_ops::CO_LEVEL {
@@ -16,7 +17,7 @@ constexpr int64_t chunk = 512;
 
 // Fills `buffer` from elements [start, start + n) of a strided operand, in the layout's order.
 template <typename Storage, typename T>
-void gather(const ElementwiseCall& call, int input, int64_t start, int64_t n, T* buffer) {
+[[gnu::noinline]] void gather(const ElementwiseCall& call, int input, int64_t start, int64_t n, T* buffer) {
   const auto& layout = call.layout;
   const int64_t* strides = layout.strides[input];
   const Storage* data = static_cast<const Storage*>(call.inputs[input]);
@@ -29,13 +30,7 @@ void gather(const ElementwiseCall& call, int input, int64_t start, int64_t n, T*
   }
   for (int64_t done = 0; done < n;) {
     const int64_t run = std::min(n - done, layout.sizes[last] - index[last]), stride = strides[last];
-    const Storage* from = data + offset;
-    if (stride == 1) {
-#pragma omp simd
-      for (int64_t i = 0; i < run; ++i) buffer[done + i] = to_compute(from[i]);
-    } else {
-      for (int64_t i = 0; i < run; ++i) buffer[done + i] = to_compute(from[i * stride]);
-    }
+    read_numbers(data + offset, stride, run, buffer + done);
     done += run;
     index[last] += run;
     offset += run * stride;
@@ -72,8 +67,7 @@ class Input {
     if (linear_) {
       const Storage* from = static_cast<const Storage*>(call_->inputs[input_]) + start;
       if constexpr (std::is_same_v<Storage, T>) return from;
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) buffer_[i] = to_compute(from[i]);
+      read_numbers(from, 1, n, buffer_);
       return buffer_;
     }
     gather<Storage>(*call_, input_, start, n, buffer_);
@@ -183,9 +177,7 @@ void run(const ElementwiseCall& call, int64_t begin, int64_t end) {
           std::copy_n(results[k], n, static_cast<T*>(call.outputs[k]) + start);
           continue;
         }
-        Storage* to = static_cast<Storage*>(call.outputs[k]) + start;
-#pragma omp simd
-        for (int64_t i = 0; i < n; ++i) to[i] = to_storage<Storage>(results[k][i]);
+        write_numbers(results[k], n, static_cast<Storage*>(call.outputs[k]) + start, 1);
       }
     }
   }

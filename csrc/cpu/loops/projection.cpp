@@ -1,6 +1,7 @@
 // The projection onto the simplex along rows of [outer, length, inner], three ways; see RowUnits.
 #include <memory>
 
+#include "convert.h"
 #include "of_dtype.h"
 #include "projection_rows.h"
 #include "projection_sorted.h"
@@ -74,7 +75,7 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
       const Storage* from = static_cast<const Storage*>(call.inputs[i]) + row * length;
       if constexpr (converted) {
         T* to = memory.get() + i * lanes * length;
-        for (int64_t k = 0; k < n; ++k) to[k] = to_compute(from[k]);
+        read_numbers(from, 1, n, to);
         in[i] = to;
       } else {
         in[i] = from;
@@ -84,7 +85,7 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
     if constexpr (converted) {
       T* y = memory.get() + 2 * lanes * length;
       project(rows, in[0], in[1], y, T(call.total));
-      for (int64_t k = 0; k < n; ++k) out[k] = to_storage<Storage>(y[k]);
+      write_numbers(y, n, out, 1);
     } else {
       project(rows, in[0], in[1], out, T(call.total));
     }
@@ -170,8 +171,7 @@ class SingleRows {
     if (in_place_) return;
     for (int i = 0; i < Rows::outputs; ++i) {
       if (!out[i]) continue;
-      Storage* to = static_cast<Storage*>(call_.outputs[i]) + first;
-      for (int64_t k = 0; k < length; ++k) to[k * stride_] = to_storage<Storage>(out[i][k]);
+      write_numbers(out[i], length, static_cast<Storage*>(call_.outputs[i]) + first, stride_);
     }
   }
 
@@ -181,7 +181,7 @@ class SingleRows {
     if constexpr (std::is_same_v<Storage, T>)
       if (in_place_) return from;
     T* row = memory_.get() + i * call_.layout.length;
-    for (int64_t k = 0; k < call_.layout.length; ++k) row[k] = to_compute(from[k * stride_]);
+    read_numbers(from, stride_, call_.layout.length, row);
     return row;
   }
   T* output(int i, int64_t first) {

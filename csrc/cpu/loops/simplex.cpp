@@ -2,6 +2,7 @@
 // better done in registers where rows are of a length for that; long rows, too few side by side, are gathered first.
 #include <memory>
 
+#include "convert.h"
 #include "of_dtype.h"
 #include "simplex_blocks.h"
 #include "simplex_columns.h"
@@ -112,12 +113,10 @@ void run_blocks(const RowCall& call, const BlockKernel<compute_t<Storage>>& kern
   for (; row < last; row += RowUnits::lanes) {
     const int64_t rows = std::min(RowUnits::lanes, last - row), n = rows * length;
     const Pointers<Rows, Storage> at(call, row * length);
-    for (int i = 0; i < Rows::inputs; ++i)
-      for (int64_t k = 0; k < n; ++k) memory.at(i)[k] = to_compute(at.in[i][k]);
+    for (int i = 0; i < Rows::inputs; ++i) read_numbers(at.in[i], 1, n, memory.at(i));
     kernel.run((rows + kernel.rows - 1) / kernel.rows, length, smallest, in, out);
     for (int i = 0; i < Rows::outputs; ++i)
-      if (out[i])
-        for (int64_t k = 0; k < n; ++k) at.out[i][k] = to_storage<Storage>(out[i][k]);
+      if (out[i]) write_numbers(out[i], n, at.out[i], 1);
   }
 }
 

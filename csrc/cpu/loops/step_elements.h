@@ -111,19 +111,14 @@ T* opened(Stored* data, int64_t n, T* buffer, bool read = true) {
   if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>) {
     return const_cast<T*>(data);
   } else {
-    if (read && data) {
-#pragma omp simd
-      for (int64_t i = 0; i < n; ++i) buffer[i] = to_compute(data[i]);
-    }
+    if (read && data) read_numbers(data, 1, n, buffer);
     return buffer;
   }
 }
 template <typename Stored, typename T>
 void closed(Stored* data, int64_t n, const T* buffer) {
   if constexpr (!std::is_same_v<Stored, T>) {
-    if (!data) return;
-#pragma omp simd
-    for (int64_t i = 0; i < n; ++i) data[i] = to_storage<Stored>(buffer[i]);
+    if (data) write_numbers(buffer, n, data, 1);
   }
 }
 

@@ -48,15 +48,13 @@ struct StepBlock {
     if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>)
       if (runs == 1) return const_cast<T*>(data) + offset;
     if (read)
-      for (int64_t r = 0; r < runs; ++r)
-        for (int64_t i = 0; i < length; ++i) copy[r * length + i] = to_compute(data[offset + r * apart + i]);
+      for (int64_t r = 0; r < runs; ++r) read_numbers(data + offset + r * apart, 1, length, copy + r * length);
     return copy;
   }
   template <typename Stored, typename T>
   void close(Stored* data, const T* values) const {
     if (in_place<Stored, T>()) return;
-    for (int64_t r = 0; r < runs; ++r)
-      for (int64_t i = 0; i < length; ++i) data[offset + r * apart + i] = to_storage<Stored>(values[r * length + i]);
+    for (int64_t r = 0; r < runs; ++r) write_numbers(values + r * length, length, data + offset + r * apart, 1);
   }
 };
 

@@ -51,7 +51,7 @@ struct TileRows {
   }
 
   template <typename Storage, typename T>
-  void load(const Storage* from, T* tile) const {
+  [[gnu::noinline]] void load(const Storage* from, T* tile) const {
     if (inner == 1) return rows_to_tile(from + first, tile, length, count);
     for_each_run([&](int64_t at, int64_t lane, int64_t rows) CO_INLINE {
       // Eight numbers at once may be some too many, if there is place: later runs put theirs there.
@@ -60,7 +60,7 @@ struct TileRows {
     });
   }
   template <typename Storage, typename T>
-  void store(const T* tile, Storage* to) const {
+  [[gnu::noinline]] void store(const T* tile, Storage* to) const {
     if (inner == 1) return tile_to_rows(tile, to + first, length, count);
     const int64_t before = first_run == inner ? 0 : first_run;  // and after them, runs that are whole up to
     const int64_t whole = (before ? next_outer() : first) + (count - before) / inner * length * inner;
