@@ -14,7 +14,7 @@ from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from ._elementwise import next_above
-from ._library import bounds_fit, compute_dtype
+from ._library import compute_dtype
 
 Bound = float | Tensor
 
@@ -106,8 +106,6 @@ def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Te
 
 def tensor_bounds(op: str, raw: Tensor, lower: Bound, upper: Bound, name: str = "raw") -> tuple[Tensor, Tensor]:
     """Bounds as the operators take them: they broadcast to raw, in its compute dtype, still differentiable."""
-    if not is_compiling() and bounds_fit(raw, lower, upper):
-        return lower, upper  # type: ignore[return-value]  # nothing to do, which Python takes long to find out
     floating(op, raw, name)
     return _tensor_bound(op, raw, lower, "lower", name), _tensor_bound(op, raw, upper, "upper", name)
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import logsigmoid
 
 from . import _checks, _elementwise, _library
@@ -226,8 +227,9 @@ def bounded(raw: Tensor, lower: Bound, upper: Bound, *, return_log_det: bool = F
 def transform(op: str, raw: Tensor, lower: Bound, upper: Bound, return_log_det: bool) -> Any:
     """:func:`bounded` in the name of ``op``."""
     if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        lower, upper = _checks.tensor_bounds(op, raw, lower, upper)
-        return _elementwise.tensor_transform(raw, lower, upper, _kernels, return_log_det)
+        if is_compiling() or not _library.bounds_fit(raw, lower, upper):  # which Python takes long to find out
+            lower, upper = _checks.tensor_bounds(op, raw, lower, upper)
+        return _elementwise.tensor_transform(raw, lower, upper, _kernels, return_log_det)  # type: ignore[arg-type]
     _checks.scalar_bounds(op, raw, lower, upper)
     return _elementwise.transform(raw, lower, upper, _kernels, return_log_det)
 

@@ -6,6 +6,7 @@ what is compiled. That takes a process in which Triton does not interpret: this 
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -180,6 +181,7 @@ def compile_for(target: str) -> None:
         }
         print(json.dumps(kernel), flush=True)
 
+    gc.set_threshold(100_000)  # the compiler's trees are large and few of them garbage
     triton.knobs.compilation.listener = report
     driver.set_active(Driver())
     for dtype in DTYPES[target]:
