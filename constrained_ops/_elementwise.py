@@ -347,4 +347,8 @@ def tensor_transform(raw: Tensor, lower: Tensor, upper: Tensor, kernels: Kernels
         if torch.is_grad_enabled() and raw.requires_grad:
             return _between(kernels)(raw, (lower, upper), with_log_det)
         return TensorTransform.forward(raw, lower, upper, kernels, with_log_det)
-    return _full_transform(raw, lower.expand(raw.shape), upper.expand(raw.shape), kernels, with_log_det)
+    if lower.shape != raw.shape:
+        lower = lower.expand(raw.shape)
+    if upper.shape != raw.shape:
+        upper = upper.expand(raw.shape)
+    return _full_transform(raw, lower, upper, kernels, with_log_det)
