@@ -132,6 +132,12 @@ def test_constant_bounds_give_raw_the_gradients_that_learned_ones_give(function:
     assert torch.autograd.gradgradcheck(lambda raw: function(raw, *constant), raw)
 
 
+def test_learned_bounds_of_raws_shape_are_not_expanded() -> None:
+    raw, lower = leaf(4, 3), leaf(4, 3)
+    x = co.bounded(raw, lower, lower.detach() + 1)
+    assert {type(node).__name__ for node, _ in x.grad_fn.next_functions} == {"AccumulateGrad", "NoneType"}
+
+
 @pytest.mark.parametrize("changed", [0, 1])
 def test_a_constant_bound_changed_before_backward_is_noticed(changed: int) -> None:
     constant = [bound.expand(4, 3).clone() for bound in bounds(False, False)]
