@@ -2,8 +2,6 @@
 // many loops would have conversions of its own, which take the compiler as long as its formulas.
 #pragma once
 
-#include <type_traits>
-
 #include "../../math/storage.h"
 
 namespace constrained_ops::CO_LEVEL {
