@@ -127,6 +127,17 @@ def test_a_state_dtype_that_does_not_fit(kind: type[Any]) -> None:
         rejects(ValueError, message.format(dtype), lambda: kind(parameters(), state_dtype=dtype))  # noqa: B023
 
 
+def test_loading_with_a_state_dtype_that_does_not_fit_loads_nothing(kind: type[Any]) -> None:
+    optimizer, trained = kind([{"params": [p]} for p in parameters()]), kind([{"params": [p]} for p in parameters()])
+    run(optimizer, 1)
+    run(trained, 3)
+    before = everything(optimizer)
+    optimizer.param_groups[1]["state_dtype"] = torch.float16
+    message = "parameter 0 of group 1 is torch.float32: state_dtype must be torch.float32, got torch.float16"
+    rejects(ValueError, f"{kind.__name__}: {message}", lambda: optimizer.load_state_dict(trained.state_dict()))
+    assert same(before, everything(optimizer))
+
+
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.int64], ids=str)
 def test_parameters_that_are_not_floating_point(kind: type[Any], dtype: torch.dtype) -> None:
     p = Parameter(torch.ones(3, dtype=dtype), requires_grad=dtype.is_complex)

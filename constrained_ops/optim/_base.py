@@ -341,7 +341,13 @@ class ConstrainedAdam(Optimizer):
 
         Constraints, metric and state_dtype stay as they are; moments are converted to this optimizer's state_dtype and
         never rounded to the parameters' dtype on the way.
+
+        Raises:
+            ValueError: a group's state_dtype has become one that its parameters cannot have. Nothing is loaded then.
         """
+        for i, group in enumerate(self.param_groups):
+            for j in range(len(group["params"])):
+                self._state_dtype(i, j)
 
         def remember(_: Optimizer, given: dict[str, Any]) -> None:
             self._loading = given
