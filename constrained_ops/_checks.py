@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.compiler import is_compiling
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
-from ._elementwise import next_above
 from ._library import compute_dtype
 
 Bound = float | Tensor
@@ -99,6 +98,24 @@ def ordered(op: str, lower: Bound, upper: Bound) -> None:
             _in_order(op, below[wrong][0].item(), above[wrong][0].item())
 
 
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+}
+
+
+def next_above(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest number of ``dtype`` that is strictly greater than ``x``, as ``x.dtype``; shape of ``x``."""
+    nearest = x.to(dtype)
+    bits = nearest.view(_INTEGERS[dtype])
+    minus_zero = torch.iinfo(bits.dtype).min
+    up = torch.where(bits >= 0, bits + 1, torch.where(bits == minus_zero, 1, bits - 1))
+    rounded = nearest.to(x.dtype)
+    return torch.where(rounded > x, rounded, up.to(bits.dtype).view(dtype).to(x.dtype))
+
+
 def inside(lower: Tensor, upper: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The smallest and the largest number of ``dtype`` strictly between the bounds, in the bounds' dtype."""
     return next_above(lower, dtype), -next_above(-upper, dtype)
@@ -115,23 +132,33 @@ def _tensor_bound(op: str, raw: Tensor, bound: Bound, argument: str, name: str) 
         if bound.is_complex() or bound.dtype == torch.bool:
             raise TypeError(f"{op}: {argument} must be a float or a real Tensor, got dtype {bound.dtype}")
         return _operand(op, raw, bound, argument, name)
-    compute = compute_dtype(raw.dtype)
+    return number_bound(op, raw, bound, argument)
+
+
+def number_bound(op: str, raw: Tensor, bound: float, argument: str) -> Tensor:
+    """A float, beside a bound that is a tensor, as an operator takes it."""
     if not isinstance(bound, (int, float)):
         raise TypeError(f"{op}: {argument} must be a float or a Tensor, got {type(bound).__name__}")
-    if bound != bound:
-        raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
-    if torch.finfo(compute).max < abs(bound) < math.inf:
-        raise ValueError(f"{op}: {argument} overflows {compute}, got {argument}={bound}")
+    compute = compute_dtype(raw.dtype)
     if raw.is_cpu and not is_compiling() and not is_in_torch_dispatch_mode():
-        return _number(bound, compute)
+        return _number(op, argument, bound, compute)
+    _check_number(op, argument, bound, compute)
     return torch.full((), bound, dtype=compute, device=raw.device)
 
 
 @functools.lru_cache(maxsize=1024)
-def _number(value: float, dtype: torch.dtype) -> Tensor:
+def _number(op: str, argument: str, bound: float, compute: torch.dtype) -> Tensor:
     """On the CPU: on a GPU a graph that is being captured would own it."""
+    _check_number(op, argument, bound, compute)
     with torch.inference_mode(False):
-        return torch.full((), value, dtype=dtype, device="cpu")
+        return torch.full((), bound, dtype=compute, device="cpu")
+
+
+def _check_number(op: str, argument: str, bound: float, compute: torch.dtype) -> None:
+    if bound != bound:
+        raise ValueError(f"{op}: {argument} must not be NaN, got {argument}={bound}")
+    if torch.finfo(compute).max < abs(bound) < math.inf:
+        raise ValueError(f"{op}: {argument} overflows {compute}, got {argument}={bound}")
 
 
 def _operand(op: str, raw: Tensor, operand: Tensor, argument: str, name: str) -> Tensor:

@@ -14,25 +14,9 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from . import _checks, _library
 from ._autograd import applier, bits, is_transforming, needs_graph, only, past_python, save_for_forward
 from ._library import Kernels, compute_dtype
-
-_INTEGERS = {
-    torch.float64: torch.int64,
-    torch.float32: torch.int32,
-    torch.float16: torch.int16,
-    torch.bfloat16: torch.int16,
-}
-
-
-def next_above(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest number of ``dtype`` that is strictly greater than ``x``, as ``x.dtype``; shape of ``x``."""
-    nearest = x.to(dtype)
-    bits = nearest.view(_INTEGERS[dtype])
-    minus_zero = torch.iinfo(bits.dtype).min
-    up = torch.where(bits >= 0, bits + 1, torch.where(bits == minus_zero, 1, bits - 1))
-    rounded = nearest.to(x.dtype)
-    return torch.where(rounded > x, rounded, up.to(bits.dtype).view(dtype).to(x.dtype))
 
 
 class Point:
@@ -71,8 +55,7 @@ def references(point_at: PointAt) -> dict[str, Callable[..., Any]]:
 
     def inside(point: Point, dtype: torch.dtype) -> Tensor:
         zero = point.raw.new_zeros(())
-        smallest = next_above(zero + point.lower, dtype)
-        largest = -next_above(-(zero + point.upper), dtype)
+        smallest, largest = _checks.inside(zero + point.lower, zero + point.upper, dtype)
         # Not torch.clamp: its gradient is none of ours, and the order of bounds that leave no room is fixed here.
         x = torch.where(point.x < smallest, smallest, point.x)
         return torch.where(x > largest, largest, x).to(dtype)
@@ -179,11 +162,15 @@ class Transform(Function):
     @staticmethod
     def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
         (raw,) = ctx.saved_tensors
-        if needs_graph():
-            grad = _transform_backward(grad_x, grad_log_det, raw, ctx.lower, ctx.upper, ctx.kernels)
-        else:
-            grad = ctx.kernels.backward(grad_x, grad_log_det, raw, ctx.lower, ctx.upper)
-        return grad, None, None, None, None
+        return _gradient(ctx.kernels, grad_x, grad_log_det, raw, ctx.lower, ctx.upper), None, None, None, None
+
+
+def _gradient(
+    kernels: Kernels, grad_x: Tensor | None, grad_log_det: Tensor | None, raw: Tensor, lower: float, upper: float
+) -> Any:
+    if needs_graph():
+        return _transform_backward(grad_x, grad_log_det, raw, lower, upper, kernels)
+    return kernels.backward(grad_x, grad_log_det, raw, lower, upper)
 
 
 def _transform_backward_jvp(
@@ -249,32 +236,6 @@ class TensorTransform(Function):
         return *only(wanted, grads), None, None
 
 
-@functools.cache
-def _between(kernels: Kernels) -> Callable[..., Any]:
-    """Applies :class:`TensorTransform` in plain autograd to bounds that want no gradients, and that broadcast to raw.
-
-    The bounds are one argument, into which autograd does not look, and the kernels none: for a small tensor both take
-    long.
-    """
-
-    class TransformBetween(Function):
-        """(raw, (lower, upper)) -> x, or (x, log_det)."""
-
-        @staticmethod
-        def forward(ctx: Any, raw: Tensor, bounds: tuple[Tensor, Tensor], with_log_det: bool) -> Any:
-            ctx.save_for_backward(raw, *bounds)
-            if with_log_det:
-                ctx.set_materialize_grads(False)
-                return kernels.forward_log_det_tensor(raw, *bounds)
-            return kernels.forward_tensor(raw, *bounds)
-
-        @staticmethod
-        def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
-            return _tensor_gradients(kernels, grad_x, grad_log_det, ctx.saved_tensors, 1)[0], None, None
-
-    return past_python(TransformBetween)
-
-
 def _tensor_gradients(
     kernels: Kernels,
     grad_x: Tensor | None,
@@ -331,24 +292,85 @@ class TensorTransformBackward(Function):
         return *only(wanted, results), None, None
 
 
-_full_transform = applier(TensorTransform, _tensor_transform_jvp)
-_tensor_transform_backward = applier(TensorTransformBackward, _tensor_transform_backward_jvp)
-transform = applier(Transform, _transform_jvp)
+_transform = applier(Transform, _transform_jvp)
 _transform_backward = applier(TransformBackward, _transform_backward_jvp)
+_tensor_transform = applier(TensorTransform, _tensor_transform_jvp)
+_tensor_transform_backward = applier(TensorTransformBackward, _tensor_transform_backward_jvp)
 
 
-def tensor_transform(raw: Tensor, lower: Tensor, upper: Tensor, kernels: Kernels, with_log_det: bool) -> Any:
-    """(raw, lower, upper) -> x, or (x, log_det), between bounds that broadcast to raw.
+@functools.cache
+def _of_raw_alone(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The transforms between floats and between tensors, in plain autograd, where only raw wants a gradient.
+
+    Bounds are one argument, into which autograd does not look, and may broadcast to raw; kernels are none: a small
+    tensor takes long to have either unpacked.
+    """
+
+    class Transform(Function):
+        """(raw, (lower, upper)) -> x, or (x, log_det)."""
+
+        @staticmethod
+        def forward(ctx: Any, raw: Tensor, bounds: tuple[float, float], with_log_det: bool) -> Any:
+            ctx.save_for_backward(raw)
+            ctx.bounds = lower, upper = bounds
+            if with_log_det:
+                ctx.set_materialize_grads(False)
+                return kernels.forward_log_det(raw, lower, upper)
+            return kernels.forward(raw, lower, upper)
+
+        @staticmethod
+        def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
+            (raw,) = ctx.saved_tensors
+            lower, upper = ctx.bounds
+            return _gradient(kernels, grad_x, grad_log_det, raw, lower, upper), None, None
+
+    class TensorTransform(Function):
+        """(raw, (lower, upper)) -> x, or (x, log_det)."""
+
+        @staticmethod
+        def forward(ctx: Any, raw: Tensor, bounds: tuple[Tensor, Tensor], with_log_det: bool) -> Any:
+            lower, upper = bounds
+            ctx.save_for_backward(raw, lower, upper)
+            if with_log_det:
+                ctx.set_materialize_grads(False)
+                return kernels.forward_log_det_tensor(raw, lower, upper)
+            return kernels.forward_tensor(raw, lower, upper)
+
+        @staticmethod
+        def backward(ctx: Any, grad_x: Tensor | None, grad_log_det: Tensor | None = None) -> Any:
+            return _tensor_gradients(kernels, grad_x, grad_log_det, ctx.saved_tensors, 1)[0], None, None
+
+    return past_python(Transform), past_python(TensorTransform)
+
+
+def transform(op: str, raw: Tensor, lower: Any, upper: Any, kernels: Kernels, with_log_det: bool) -> Any:
+    """(raw, lower, upper) -> x, or (x, log_det), in the name of ``op``. Each bound is a float or a tensor.
 
     ``expand`` takes as long as the transform of a small tensor, so that only what differentiates bounds or transforms
     the call sees bounds of raw's shape.
     """
-    if not (lower.requires_grad or upper.requires_grad or is_transforming()):
-        if torch.is_grad_enabled() and raw.requires_grad:
-            return _between(kernels)(raw, (lower, upper), with_log_det)
-        return TensorTransform.forward(raw, lower, upper, kernels, with_log_det)
-    if lower.shape != raw.shape:
-        lower = lower.expand(raw.shape)
-    if upper.shape != raw.shape:
-        upper = upper.expand(raw.shape)
-    return _full_transform(raw, lower, upper, kernels, with_log_det)
+    transforming = is_transforming()
+    between_floats = type(lower) is float and type(upper) is float  # of floats isinstance(..., Tensor) takes long
+    between_tensors = not between_floats and (isinstance(lower, Tensor) or isinstance(upper, Tensor))
+    if not between_tensors:
+        _checks.scalar_bounds(op, raw, lower, upper)
+        if transforming:
+            return _transform(raw, lower, upper, kernels, with_log_det)
+    else:
+        # Python takes long to find out whether bounds fit as they are.
+        if transforming or not _library.bounds_fit(raw, lower, upper):
+            lower, upper = _checks.tensor_bounds(op, raw, lower, upper)
+        elif not isinstance(lower, Tensor):
+            lower = _checks.number_bound(op, raw, lower, "lower")
+        elif not isinstance(upper, Tensor):
+            upper = _checks.number_bound(op, raw, upper, "upper")
+        if transforming or lower.requires_grad or upper.requires_grad:
+            if lower.shape != raw.shape:
+                lower = lower.expand(raw.shape)
+            if upper.shape != raw.shape:
+                upper = upper.expand(raw.shape)
+            return _tensor_transform(raw, lower, upper, kernels, with_log_det)
+    if torch.is_grad_enabled() and raw.requires_grad:
+        return _of_raw_alone(kernels)[between_tensors](raw, (lower, upper), with_log_det)
+    forward = TensorTransform.forward if between_tensors else Transform.forward
+    return forward(raw, lower, upper, kernels, with_log_det)

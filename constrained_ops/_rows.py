@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._elementwise import next_above
+from ._checks import next_above
 
 
 def shifted(v: Tensor, logits: Tensor, dim: int) -> Tensor:

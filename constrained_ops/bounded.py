@@ -19,12 +19,11 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.functional import logsigmoid
 
-from . import _checks, _elementwise, _library
+from . import _checks, _library
 from ._checks import Bound
-from ._elementwise import Point
+from ._elementwise import Point, references, transform
 
 
 class Interval(Point):
@@ -188,7 +187,7 @@ def point(raw: Tensor, lower: Any, upper: Any) -> Point:
     return (LowerOnly if upper == math.inf else Interval)(raw, lower, upper)
 
 
-_kernels = _library.define("bounded", _elementwise.references(point))
+_kernels = _library.define("bounded", references(point))
 
 
 @overload
@@ -221,17 +220,7 @@ def bounded(raw: Tensor, lower: Bound, upper: Bound, *, return_log_det: bool = F
 
     Source: the constraint of Stan's "lower and upper bounded scalar" (Stan Reference Manual, Constraint Transforms).
     """
-    return transform("bounded", raw, lower, upper, return_log_det)
-
-
-def transform(op: str, raw: Tensor, lower: Bound, upper: Bound, return_log_det: bool) -> Any:
-    """:func:`bounded` in the name of ``op``."""
-    if isinstance(lower, Tensor) or isinstance(upper, Tensor):
-        if is_compiling() or not _library.bounds_fit(raw, lower, upper):  # which Python takes long to find out
-            lower, upper = _checks.tensor_bounds(op, raw, lower, upper)
-        return _elementwise.tensor_transform(raw, lower, upper, _kernels, return_log_det)  # type: ignore[arg-type]
-    _checks.scalar_bounds(op, raw, lower, upper)
-    return _elementwise.transform(raw, lower, upper, _kernels, return_log_det)
+    return transform("bounded", raw, lower, upper, _kernels, return_log_det)
 
 
 def bounded_inverse(x: Tensor, lower: Bound, upper: Bound) -> Tensor:

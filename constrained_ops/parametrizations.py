@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from . import _checks
 from ._checks import Bound
 from ._constraints import Box, ConstraintModule, Record, SimplexOf, interpret
-from .bounded import bounded_inverse, transform
+from .bounded import bounded, bounded_inverse
 from .positive import KINDS as POSITIVE_KINDS
 from .positive import positive, positive_inverse
 from .simplex import KINDS as SIMPLEX_KINDS
@@ -88,7 +88,8 @@ class Bounded(_Between):
         return Box(self.lower, self.upper)
 
     def forward(self, raw: Tensor) -> Tensor:
-        return transform("bounded", raw, *self._bounds(), False)
+        lower, upper = self._bounds()
+        return bounded(raw, lower, upper)
 
     def right_inverse(self, x: Tensor) -> Tensor:
         """The raw of ``x``, a value on a bound included. ValueError if one lies outside, with bounds and value."""

@@ -16,10 +16,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from . import _checks, _elementwise, _library
+from . import _checks, _library
 from ._checks import Bound
-from ._elementwise import Point
-from .bounded import inverse, transform
+from ._elementwise import Point, references, transform
+from .bounded import _kernels as _softplus_kernels
+from .bounded import inverse
 
 KINDS = ("softplus", "exp")
 
@@ -46,7 +47,7 @@ class Exponential(Point):
         return self.raw
 
 
-_kernels = _library.define("exponential", _elementwise.references(Exponential))
+_kernels = _library.define("exponential", references(Exponential))
 
 
 @overload
@@ -79,15 +80,11 @@ def positive(
             finite lower bound.
     """
     if kind == "softplus":
-        return transform("positive", raw, lower, math.inf, return_log_det)
+        return transform("positive", raw, lower, math.inf, _softplus_kernels, return_log_det)
     _checks.kind("positive", kind, KINDS)
-    if isinstance(lower, Tensor):
-        lower, upper = _checks.tensor_bounds("positive", raw, lower, math.inf)
-        return _elementwise.tensor_transform(raw, lower, upper, _kernels, return_log_det)
-    if lower == -math.inf:
+    if not isinstance(lower, Tensor) and lower == -math.inf:
         raise ValueError('positive: kind "exp" needs a finite lower bound, got lower=-inf')
-    _checks.scalar_bounds("positive", raw, lower, math.inf)
-    return _elementwise.transform(raw, lower, math.inf, _kernels, return_log_det)
+    return transform("positive", raw, lower, math.inf, _kernels, return_log_det)
 
 
 def positive_inverse(x: Tensor, lower: Bound = 0.0, *, kind: str = "softplus") -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -139,7 +140,8 @@ def test_bounds_that_need_no_conversion() -> None:
     fit = _library.bounds_fit
     assert fit(raw, row, number) and fit(raw.requires_grad_(), raw, row[:1]) and fit(raw.half(), row, row)
     assert fit(torch.nn.Parameter(raw.double()), row.double(), number.double()) and fit(number, number, number)
-    for wrong in (torch.randn(2), torch.randn(7, 1), torch.randn(1, 5, 7), row.double(), row.half(), row.int(), 1.0):
+    assert fit(raw, row, 1) and fit(raw, -math.inf, row) and not fit(1.0, row, row)
+    for wrong in (torch.randn(2), torch.randn(7, 1), torch.randn(1, 5, 7), row.double(), row.half(), row.int()):
         assert not fit(raw, wrong, row) and not fit(raw, row, wrong)
     for unusual in (row.to("meta"), row.as_subclass(Subclass), row.to_sparse(), "row", None):
         assert not fit(raw, row, unusual) and not fit(unusual, row, row)

@@ -99,17 +99,19 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 
 // bounds_fit(raw, lower, upper)
 PyObject* bounds_fit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
-  std::array<DirectTensor, 3> tensors;
-  bool fit = python && count == 3;
-  for (int i = 0; i < 3 && fit; ++i) fit = tensors[i].see(arguments[i]);
-  for (int i = 1; i < 3 && fit; ++i)
-    fit = tensors[i].scalar_type() == compute_dtype(tensors[0].scalar_type()) && broadcasts(tensors[i], tensors[0]);
+  DirectTensor raw;
+  bool fit = python && count == 3 && raw.see(arguments[0]);
+  for (int i = 1; i < 3 && fit; ++i) {
+    if (PyFloat_Check(arguments[i]) || PyLong_Check(arguments[i])) continue;
+    DirectTensor bound;
+    fit = bound.see(arguments[i]) && bound.scalar_type() == compute_dtype(raw.scalar_type()) && broadcasts(bound, raw);
+  }
   return PyBool_FromLong(fit);
 }
 PyMethodDef bounds_fit_method = {
     "bounds_fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&bounds_fit)), METH_FASTCALL,
-    "Whether bounds need no conversion before an operator may have them, as far as that is soon found out: all three\n"
-    "are plain tensors on the CPU. False before open_direct()."};
+    "Whether bounds that are tensors need no conversion before an operator may have them, as far as that is soon found\n"
+    "out: they and raw are plain tensors on the CPU. False before open_direct()."};
 
 }  // namespace
 
