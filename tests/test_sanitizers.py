@@ -22,6 +22,9 @@ FLAGS = [
     *("-fsanitize=address,undefined", "-fno-sanitize=null,object-size,pointer-overflow", "-fno-sanitize-recover=all"),
     "-DCO_EXTERNAL_LIMITS",
 ]
+# The widest that there is; what the processor must have, as in csrc/cpu/levels.cpp.
+AVX2 = {"avx2", "fma", "bmi2"}
+LEVELS = {"x86-64-v3": AVX2, "x86-64-v4": AVX2 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}}
 # Memory that the loops take for themselves is full of NaN: what is used before it was written shows in results.
 ENVIRONMENT = {
     **os.environ,
@@ -32,9 +35,11 @@ ENVIRONMENT = {
 
 @functools.cache
 def program() -> Path:
-    flags = Path("/proc/cpuinfo").read_text()
-    avx2 = all(f" {flag} " in flags for flag in ("avx2", "fma", "bmi2"))
-    level = ["-march=x86-64-v3", "-DCO_LEVEL=x86_64_v3"] if avx2 else ["-DCO_LEVEL=baseline"]
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    level = ["-DCO_LEVEL=baseline"]
+    for name, needed in LEVELS.items():
+        if needed <= flags:
+            level = [f"-march={name}", f"-DCO_LEVEL={name.replace('-', '_')}"]
     headers = [
         path for folder in (emulation.CSRC, emulation.CSRC / "math", CPU, CPU / "loops") for path in folder.iterdir()
     ]

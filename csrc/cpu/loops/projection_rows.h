@@ -6,7 +6,7 @@
 #include "projection_steps.h"
 #include "transpose.h"
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 #include <immintrin.h>
 
 #include <array>
@@ -26,7 +26,20 @@ CO_HD int64_t compress(Vector<T> values, Mask inside, T* to) {
   return count;
 }
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX512F__)
+template <typename Mask>
+CO_HD int64_t compress(Vector<float> values, Mask inside, float* to) {
+  const __mmask16 set = _mm512_movepi32_mask(reinterpret_cast<__m512i>(inside));
+  _mm512_storeu_ps(to, _mm512_maskz_compress_ps(set, reinterpret_cast<__m512>(values)));
+  return __builtin_popcount(set);
+}
+template <typename Mask>
+CO_HD int64_t compress(Vector<double> values, Mask inside, double* to) {
+  const __mmask8 set = _mm512_movepi64_mask(reinterpret_cast<__m512i>(inside));
+  _mm512_storeu_pd(to, _mm512_maskz_compress_pd(set, reinterpret_cast<__m512d>(values)));
+  return __builtin_popcount(set);
+}
+#elif defined(__AVX2__)
 // For each set of lanes their numbers in order, a byte each.
 constexpr std::array<uint64_t, 256> lanes_of_set = [] {
   std::array<uint64_t, 256> numbers{};

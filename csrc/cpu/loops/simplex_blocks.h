@@ -1,7 +1,9 @@
 // Softmax of short rows that follow each other in memory, a block of them in registers. A row of at least a vector's
-// length is some vectors, the last of which overlaps the one before; a row of 2 or 4 is part of a vector.
+// length is some vectors, the last of which overlaps the one before; a shorter one, if of a power of two, is part of a
+// vector. In between, half a vector of AVX-512 is one.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 #include <utility>
 
@@ -12,9 +14,15 @@ namespace constrained_ops::CO_LEVEL {
 namespace {
 
 constexpr int block_vectors = 8;  // at most
+constexpr int longest_in_registers = 64;
 
+#if defined(__AVX512F__)
+constexpr int block_vector_bytes = 64;
+#else
+constexpr int block_vector_bytes = 32;
+#endif
 template <typename T>
-constexpr int vector_lanes = 32 / sizeof(T);
+constexpr int vector_lanes = block_vector_bytes / sizeof(T);
 
 struct Larger {
   template <typename V>
@@ -29,16 +37,22 @@ struct Plus {
   }
 };
 
+// The most groups of a block: a tile has to hold its rows.
+template <typename T, int part>
+constexpr int most_groups = std::min(block_vectors, static_cast<int>(RowUnits::lanes) * part / vector_lanes<T>);
+
 // Numbers of some rows. It is copied by whole vectors: a copy in smaller pieces, as a compiler makes it of an array,
 // would hold up the vector loads that follow.
 // part: how many lanes of a vector belong to one row. per_row: how many vectors do.
-template <typename T, int part_, int per_row_, int groups_ = block_vectors / per_row_>
+template <typename T, int part_, int per_row_, int groups_ = most_groups<T, part_> / per_row_,
+          int lanes_ = vector_lanes<T>>
 class Block {
  public:
-  static constexpr int lanes = vector_lanes<T>, part = part_, per_row = per_row_;
+  static constexpr int lanes = lanes_, part = part_, per_row = per_row_;
   static constexpr int groups = groups_;  // of per_row vectors: one row, or lanes / part of them
   static constexpr int vectors = groups * per_row, size = vectors * lanes;
   static constexpr int rows = groups * (lanes / part);
+  static_assert(rows <= RowUnits::lanes);
 
   CO_HD Block() {}
   CO_HD Block(const Block& other) {
@@ -107,10 +121,11 @@ class Block {
   }
 
  private:
-  typedef T Vector __attribute__((vector_size(32), may_alias));
-  typedef T Unaligned __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
+  static constexpr int bytes = lanes * sizeof(T);
+  typedef T Vector __attribute__((vector_size(bytes), may_alias));
+  typedef T Unaligned __attribute__((vector_size(bytes), aligned(sizeof(T)), may_alias));
   using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
-  typedef Int Mask __attribute__((vector_size(32)));
+  typedef Int Mask __attribute__((vector_size(bytes)));
   Vector vector_[vectors];
 
   CO_HD static int64_t start(int v, int64_t length) {
@@ -143,7 +158,8 @@ class Block {
   }
 };
 
-#define CO_EACH _Pragma("GCC ivdep") for (int i = 0; i < Block::size; ++i)
+// By vectors of the block's size: a wider one would wait for what was stored in two halves.
+#define CO_EACH _Pragma("omp simd simdlen(Block::lanes)") for (int i = 0; i < Block::size; ++i)
 
 // v less its mean over a row, in which each number counts by its weight, and the sum of weights is 1 / inverse. The
 // mean is taken of differences from a first mean, so that it keeps its digits where one weight is nearly all; that one
@@ -240,32 +256,24 @@ template <typename Rows, typename Block, typename T>
 BlockKernel<T> block_kernel() {
   return {Rows::template blocks<Block, T>, Block::rows};
 }
+template <typename Rows, typename T, int per_row = 1>
+BlockKernel<T> pick_vectors(int64_t length) {
+  constexpr int lanes = vector_lanes<T>;
+  if (length <= per_row * lanes) return block_kernel<Rows, Block<T, lanes, per_row>, T>();
+  if constexpr (per_row < block_vectors && per_row * lanes < longest_in_registers)
+    return pick_vectors<Rows, T, per_row + 1>(length);
+  return {};
+}
 template <typename Rows, typename T>
 BlockKernel<T> pick_blocks(int64_t length) {
-  constexpr int lanes = vector_lanes<T>;
+  constexpr int lanes = vector_lanes<T>, half = lanes / 2;
   if (length == 2) return block_kernel<Rows, Block<T, 2, 1>, T>();
   if (length == 4) return block_kernel<Rows, Block<T, 4, 1>, T>();
-  if (length < lanes) return {};
-  switch ((length + lanes - 1) / lanes) {
-    case 1:
-      return block_kernel<Rows, Block<T, lanes, 1>, T>();
-    case 2:
-      return block_kernel<Rows, Block<T, lanes, 2>, T>();
-    case 3:
-      return block_kernel<Rows, Block<T, lanes, 3>, T>();
-    case 4:
-      return block_kernel<Rows, Block<T, lanes, 4>, T>();
-    case 5:
-      return block_kernel<Rows, Block<T, lanes, 5>, T>();
-    case 6:
-      return block_kernel<Rows, Block<T, lanes, 6>, T>();
-    case 7:
-      return block_kernel<Rows, Block<T, lanes, 7>, T>();
-    case 8:
-      return block_kernel<Rows, Block<T, lanes, 8>, T>();
-    default:
-      return {};
+  if constexpr (block_vector_bytes == 64) {
+    if (length == half) return block_kernel<Rows, Block<T, half, 1>, T>();
+    if (half < length && length < lanes) return block_kernel<Rows, Block<T, half, 2, block_vectors / 2, half>, T>();
   }
+  return length < lanes ? BlockKernel<T>{} : pick_vectors<Rows, T>(length);
 }
 
 }  // namespace

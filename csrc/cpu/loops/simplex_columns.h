@@ -15,8 +15,8 @@ namespace constrained_ops::CO_LEVEL {
 namespace {
 
 // One number of each lane.
-template <typename T, int64_t lanes>
-using Lanes = Block<T, vector_lanes<T>, lanes / vector_lanes<T>, 1>;
+template <typename T, int lanes, int vector = std::min(vector_lanes<T>, lanes)>
+using Lanes = Block<T, vector, lanes / vector, 1, vector>;
 
 template <int64_t lanes, typename Body>
 CO_HD void each_lane(const Body& body) {

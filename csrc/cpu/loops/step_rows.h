@@ -154,7 +154,7 @@ struct FloorRows {
     for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
       const Block block(d[0] + at, length), largest = block.along_rows(Larger());
       Block result;
-#pragma GCC ivdep
+#pragma omp simd simdlen(Block::lanes)
       for (int i = 0; i < Block::size; ++i) result[i] = adam_larger(block[i], share * largest[i]);
       result.store(d[0] + at, length);
     }
