@@ -5,6 +5,8 @@
 
 #include "../operands.h"
 
+#define CO_INLINE __attribute__((always_inline))  // behind the parameters of a lambda
+
 namespace constrained_ops {
 
 // backward_from_result: of the softmax of float and double, with x in the place of raw.

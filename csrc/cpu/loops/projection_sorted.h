@@ -2,6 +2,10 @@
 // are sorted, by comparisons that are the same for all lanes, and lambda follows from their sums.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <array>
 #include <utility>
 
@@ -40,10 +44,24 @@ class SortingNetwork {
   }();
 };
 
+// An instruction each, which the compiler does not find in vectors of AVX-512.
+template <typename V>
+CO_HD V larger_of(V a, V b) {
+  return b > a ? b : a;
+}
+template <typename V>
+CO_HD V smaller_of(V a, V b) {
+  return b > a ? a : b;
+}
+#if defined(__AVX512F__)
+CO_HD Vector<float> larger_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_max_ps(b, a)); }
+CO_HD Vector<float> smaller_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_min_ps(a, b)); }
+#endif
+
 // A NaN changes places, or stays.
 template <typename V>
 CO_HD void put_larger_first(V& a, V& b) {
-  const V larger = b > a ? b : a, smaller = b > a ? a : b;
+  const V larger = larger_of(a, b), smaller = smaller_of(a, b);
   a = larger;
   b = smaller;
 }
@@ -61,7 +79,7 @@ CO_HD void sort_falling(V (&z)[n]) {
 template <typename V, int n>
 CO_HD void merge_larger(V (&z)[n], const V (&other)[n]) {
 #pragma GCC unroll 8
-  for (int k = 0; k < n; ++k) z[k] = other[n - 1 - k] > z[k] ? other[n - 1 - k] : z[k];
+  for (int k = 0; k < n; ++k) z[k] = larger_of(z[k], other[n - 1 - k]);
 #pragma GCC unroll 8
   for (int half = n / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
@@ -78,7 +96,7 @@ CO_HD V root_of_largest(const V (&x)[n], V top, T total) {
   for (int k = 1; k < n; ++k) {
     sum += x[k] - top;
     const V of_k = sum * T(1.0 / (k + 1));
-    root = of_k > root ? of_k : root;
+    root = larger_of(root, of_k);
   }
   return (sum == sum) & (top - top == T(0)) ? root : V{} + std::numeric_limits<T>::quiet_NaN();
 }
@@ -187,7 +205,7 @@ template <int n, Weight W, typename T>
       sum += x[k].z;
       slope += x[k].u;
       const V of_k = sum / slope;
-      high = of_k > high ? of_k : high;
+      high = larger_of(high, of_k);
     }
     const auto rest = [=](int k) CO_INLINE {
       const V rest_k = load(column + k * lanes) - high * u[k];

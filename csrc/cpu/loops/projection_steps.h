@@ -19,8 +19,6 @@
 #include "../../math/projection.h"
 #include "../loops.h"
 
-#define CO_INLINE __attribute__((always_inline))
-
 namespace constrained_ops::CO_LEVEL {
 namespace {
 

@@ -13,8 +13,6 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-#define CO_INLINE __attribute__((always_inline))
-
 constexpr int max_rows = RowUnits::max_rows;
 
 template <typename T>

@@ -25,34 +25,34 @@ void transpose_plain(const From* from, int64_t from_stride, To* to, int64_t to_s
 
 #if defined(CO_SHUFFLES)
 using Eight __attribute__((vector_size(32), aligned(4))) = float;
+using Four __attribute__((vector_size(16), aligned(4))) = float;
 
-inline void transpose_8x8(Eight (&a)[8]) {
-  Eight b[8];
+inline Four read_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
+inline void write_eight(Eight numbers, float* to) { *reinterpret_cast<Eight*>(to) = numbers; }
+
+// Eight numbers each of eight rows, row(i) giving their address, to column(c, its numbers). Halves are joined as they
+// are read, which takes a load, and not one of the few shuffles that a processor does at a time.
+template <typename Row, typename Column>
+CO_HD void transpose_8x8(const Row& row, const Column& column) {
+  Eight a[8], b[8];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float *const upper = row(i), *const lower = row(i + 4);
+    a[i] = __builtin_shufflevector(read_four(upper), read_four(lower), 0, 1, 2, 3, 4, 5, 6, 7);
+    a[i + 4] = __builtin_shufflevector(read_four(upper + 4), read_four(lower + 4), 0, 1, 2, 3, 4, 5, 6, 7);
+  }
+#pragma GCC unroll 4
   for (int i = 0; i < 8; i += 2) {  // pairs of rows, number by number
     b[i] = __builtin_shufflevector(a[i], a[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
     b[i + 1] = __builtin_shufflevector(a[i], a[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
   }
-  for (int i = 0; i < 8; i += 4) {  // pairs of pairs
-    a[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[i + 1] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-    a[i + 2] = __builtin_shufflevector(b[i + 1], b[i + 3], 0, 1, 8, 9, 4, 5, 12, 13);
-    a[i + 3] = __builtin_shufflevector(b[i + 1], b[i + 3], 2, 3, 10, 11, 6, 7, 14, 15);
+#pragma GCC unroll 2
+  for (int c = 0; c < 8; c += 4) {  // pairs of pairs
+    column(c, __builtin_shufflevector(b[c], b[c + 2], 0, 1, 8, 9, 4, 5, 12, 13));
+    column(c + 1, __builtin_shufflevector(b[c], b[c + 2], 2, 3, 10, 11, 6, 7, 14, 15));
+    column(c + 2, __builtin_shufflevector(b[c + 1], b[c + 3], 0, 1, 8, 9, 4, 5, 12, 13));
+    column(c + 3, __builtin_shufflevector(b[c + 1], b[c + 3], 2, 3, 10, 11, 6, 7, 14, 15));
   }
-  for (int i = 0; i < 4; ++i) {  // halves
-    b[i] = __builtin_shufflevector(a[i], a[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-    b[i + 4] = __builtin_shufflevector(a[i], a[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-  }
-  for (int i = 0; i < 8; ++i) a[i] = b[i];
-}
-
-inline Eight read_eight(const float* from) { return *reinterpret_cast<const Eight*>(from); }
-inline void write_eight(Eight numbers, float* to) { *reinterpret_cast<Eight*>(to) = numbers; }
-
-inline void transpose_8x8(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
-  Eight a[8];
-  for (int i = 0; i < 8; ++i) a[i] = read_eight(from + i * from_stride);
-  transpose_8x8(a);
-  for (int i = 0; i < 8; ++i) write_eight(a[i], to + i * to_stride);
 }
 #endif
 
@@ -64,7 +64,8 @@ void transpose(const From* from, int64_t from_stride, To* to, int64_t to_stride,
     if (rows >= 8 && columns >= 8) {  // the last square of a line overlaps the one before
       for (int64_t r = 0; r < rows; r = r + 8 < rows ? std::min(r + 8, rows - 8) : rows)
         for (int64_t c = 0; c < columns; c = c + 8 < columns ? std::min(c + 8, columns - 8) : columns)
-          transpose_8x8(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+          transpose_8x8([=](int i) CO_INLINE { return from + (r + i) * from_stride + c; },
+                        [=](int k, Eight numbers) CO_INLINE { write_eight(numbers, to + (c + k) * to_stride + r); });
       return;
     }
   }
@@ -95,25 +96,20 @@ inline void squares_to_tile(const float* rows, float* tile, int64_t length) {
   constexpr int64_t lanes = RowUnits::lanes;
   float last[8] = {};
   std::copy_n(rows + (lanes - 1) * length, length, last);
-  for (int64_t l = 0; l < lanes; l += 8) {
-    Eight a[8];
-    for (int i = 0; i < 8; ++i) a[i] = read_eight(l + i < lanes - 1 ? rows + (l + i) * length : last);
-    transpose_8x8(a);
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k)
-      if (k < length) write_eight(a[k], tile + k * lanes + l);
-  }
+  for (int64_t l = 0; l < lanes; l += 8)
+    transpose_8x8([=, &last](int i) CO_INLINE { return l + i < lanes - 1 ? rows + (l + i) * length : last; },
+                  [=](int k, Eight numbers) CO_INLINE {
+                    if (k < length) write_eight(numbers, tile + k * lanes + l);
+                  });
 }
 inline void tile_to_squares(const float* tile, float* rows, int64_t length) {
   constexpr int64_t lanes = RowUnits::lanes;
   float last[8];
-  for (int64_t l = 0; l < lanes; l += 8) {
-    Eight a[8];
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) a[k] = k < length ? read_eight(tile + k * lanes + l) : Eight{};
-    transpose_8x8(a);
-    for (int i = 0; i < 8; ++i) write_eight(a[i], l + i < lanes - 1 ? rows + (l + i) * length : last);
-  }
+  const float none[8] = {};
+  for (int64_t l = 0; l < lanes; l += 8)
+    transpose_8x8([=, &none](int k) CO_INLINE { return k < length ? tile + k * lanes + l : none; },
+                  [=, &last](int i, Eight numbers)
+                      CO_INLINE { write_eight(numbers, l + i < lanes - 1 ? rows + (l + i) * length : last); });
   std::copy_n(last, length, rows + (lanes - 1) * length);
 }
 #endif
