@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import constrained_ops as co
 from constrained_ops import _direct, _library
+from constrained_ops.optim import _plans
 
 pytestmark = pytest.mark.skipif(not _library.has_cpu_library, reason="needs the CPU library")
 
@@ -147,6 +148,28 @@ def test_bounds_that_need_no_conversion() -> None:
         assert not fit(raw, row, unusual) and not fit(unusual, row, row)
     assert not fit(raw, row) and not fit(raw, row, row, row)
     assert not torch.vmap(lambda each: torch.tensor(fit(each, each, row.double())))(raw).any()
+
+
+def test_layouts_of_many_tensors() -> None:
+    """By DLPack of what is plain, by Python of what is not: as Python alone."""
+    plain = torch.randn(4, 6)
+    tensors = [
+        *(plain.to(dtype) for dtype in DTYPES),
+        *(plain.T, plain[:, ::2], plain[0], plain[0, 0], plain[:0], plain[:1].expand(4, 6), plain.requires_grad_()),
+        *(plain.int(), plain.bool(), torch.view_as_complex(plain.view(12, 2)), torch.nn.Parameter(plain.half().T)),
+        *(plain.to("meta").T, plain.detach().as_subclass(Subclass)),
+    ]
+    layouts = [(tensor.dtype, tensor.stride()) for tensor in tensors]
+    for tensor in tensors:
+        for dtype, stride in layouts:
+            expected = (tensor.dtype, tensor.stride()) == (dtype, stride)
+            for same_layouts in (_plans.same_layouts, _plans._same_layouts):
+                assert same_layouts([tensor], [dtype], [stride]) == expected
+    dtypes, strides = map(list, zip(*layouts, strict=True))
+    assert _plans.same_layouts is not _plans._same_layouts
+    assert _plans.same_layouts(tensors, dtypes, strides) and _plans.same_layouts([], [], [])
+    assert not _plans.same_layouts(tensors[1:], dtypes, strides)
+    assert not _plans.same_layouts(tensors[::-1], dtypes, strides)
 
 
 @pytest.mark.parametrize(("transform", "kernel"), [(t, k) for t, k in KERNELS if "backward" in k])

@@ -183,10 +183,8 @@ class Prepared:
         if self.sharded:
             with torch.no_grad():
                 parts, grads = list(map(local, self.params)), list(map(local_grad, self.params, grads))
-        if (
-            list(map(Tensor.data_ptr, parts)) != self.pointers
-            or list(map(_dtype, grads)) != self.dtypes
-            or list(map(Tensor.stride, grads)) != self.grad_strides
+        if list(map(Tensor.data_ptr, parts)) != self.pointers or not same_layouts(
+            grads, self.dtypes, self.grad_strides
         ):
             return None
         return grads
@@ -235,6 +233,13 @@ def _same_values(dicts: list[dict[Any, Any]], objects: list[Any]) -> bool:
     return _same_objects(list(chain.from_iterable(map(dict.values, dicts))), objects)
 
 
+def _same_layouts(tensors: list[Tensor], dtypes: list[torch.dtype], strides: list[tuple[int, ...]]) -> bool:
+    return list(map(_dtype, tensors)) == dtypes and list(map(Tensor.stride, tensors)) == strides
+
+
 _compiled: Any = import_module("constrained_ops._C") if _library.has_cpu_library else None
 same_objects: Callable[[list[Any], list[Any]], bool] = getattr(_compiled, "same_objects", _same_objects)
 same_values: Callable[[list[dict[Any, Any]], list[Any]], bool] = getattr(_compiled, "same_values", _same_values)
+same_layouts: Callable[[list[Tensor], list[torch.dtype], list[tuple[int, ...]]], bool] = getattr(
+    _compiled, "same_layouts", _same_layouts
+)

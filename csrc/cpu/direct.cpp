@@ -100,7 +100,7 @@ PyObject* call(PyObject* self, PyObject* const* arguments, Py_ssize_t count) {
 // bounds_fit(raw, lower, upper)
 PyObject* bounds_fit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
   DirectTensor raw;
-  bool fit = python && count == 3 && raw.see(arguments[0]);
+  bool fit = count == 3 && raw.see(arguments[0]);
   for (int i = 1; i < 3 && fit; ++i) {
     if (PyFloat_Check(arguments[i]) || PyLong_Check(arguments[i])) continue;
     DirectTensor bound;
@@ -110,20 +110,38 @@ PyObject* bounds_fit(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
 }
 PyMethodDef bounds_fit_method = {
     "bounds_fit", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&bounds_fit)), METH_FASTCALL,
-    "Whether bounds that are tensors need no conversion before an operator may have them, as far as that is soon found\n"
-    "out: they and raw are plain tensors on the CPU. False before open_direct()."};
+    "Whether bounds that are tensors need no conversion before an operator may have them, as far as that is soon\n"
+    "found out: they and raw are plain tensors on the CPU. False before open_direct()."};
+
+// Whether tensors have these dtypes and strides, tuples of ints; plain ones are not asked by way of Python.
+bool same_layouts(const py::list& tensors, const py::list& dtypes, const py::list& strides) {
+  if (tensors.size() != dtypes.size() || tensors.size() != strides.size()) return false;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const py::handle tensor = tensors[i], dtype = dtypes[i];
+    const py::tuple stride = strides[i];
+    DirectTensor seen;
+    if (!seen.look_at(tensor.ptr())) {
+      if (!dtype.equal(tensor.attr("dtype")) || !stride.equal(tensor.attr("stride")())) return false;
+      continue;
+    }
+    if (!dtype.is(python->dtypes.at(seen.scalar_type())) || stride.size() != seen.strides().size()) return false;
+    for (int64_t d = 0; d < seen.dim(); ++d)
+      if (PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d)) != seen.stride(d)) return false;
+  }
+  return true;
+}
 
 }  // namespace
 
-bool DirectTensor::see(PyObject* argument) {
-  if (!is_plain(argument)) return false;
+bool DirectTensor::look_at(PyObject* argument) {
+  if (!python || !is_plain(argument)) return false;
   Py_INCREF(argument);
   object_ = Reference(argument);
   if (!look()) {  // a layout that DLPack does not have
     PyErr_Clear();
     return false;
   }
-  return view_.device.type == dlpack::cpu && dtype_ != ScalarType::Undefined;
+  return dtype_ != ScalarType::Undefined;
 }
 
 bool DirectTensor::read(PyObject* argument) {
@@ -231,6 +249,7 @@ void define_direct(py::module_& m) {
       "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
       "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
       "float16, bfloat16, float32 and float64.");
+  m.def("same_layouts", &same_layouts, py::arg("tensors"), py::arg("dtypes"), py::arg("strides"));
   m.attr("bounds_fit") = py::reinterpret_steal<py::object>(PyCFunction_New(&bounds_fit_method, nullptr));
   m.def(
       "direct",

@@ -42,8 +42,10 @@ class Reference {
 // result that is not wanted, None in Python. Needs the GIL.
 class DirectTensor {
  public:
-  // Once, of an argument: false unless it is a plain tensor of the CPU of a dtype that kernels have.
-  bool see(PyObject* argument);
+  // Once, of an argument: false unless it is a plain tensor of a dtype that kernels have.
+  bool look_at(PyObject* argument);
+  // The same of one on the CPU.
+  bool see(PyObject* argument) { return look_at(argument) && view_.device.type == dlpack::cpu; }
   // The same of one that is small, and whose elements are in memory as they are. Throws PythonError.
   bool read(PyObject* argument);
 
