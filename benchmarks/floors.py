@@ -1,7 +1,7 @@
 """The floors that a release has to meet, and how far results meet them: ``python -m benchmarks.floors RESULTS.csv...``
 
 A floor is a ratio of two medians of one run, the peer's to ours. Where the peer is ``copy_`` it is a share of the
-ceiling.
+ceiling. The share that ours would have at the floor tells how far the floor is from it.
 """
 
 from __future__ import annotations
@@ -114,9 +114,8 @@ def times(ratio: float | None) -> str:
     return "not measured" if ratio is None else f"{ratio:.2f}x"
 
 
-def shares(results: Sequence[Measured], job: str, shape: str) -> str:
-    values = [result.share(job, shape) for result in results]
-    return " / ".join("" if share is None else f"{share:.0%}" for share in values)
+def shares(shares_of_copy: Sequence[float | None]) -> str:
+    return " / ".join("?" if share is None else f"{share:.0%}" for share in shares_of_copy)
 
 
 def report(results: Sequence[Measured], names: Sequence[str], device: str) -> tuple[str, bool]:
@@ -128,9 +127,14 @@ def report(results: Sequence[Measured], names: Sequence[str], device: str) -> tu
         ratios = [result.ratio(job, name, peer) for result in results]
         met = ["?" if ratio is None else "yes" if ratio >= at_least else "**no**" for ratio in ratios]
         misses += met.count("yes") < len(met)
+        own = [result.share(job, name) for result in results]
+        at_floor = [
+            share * at_least / ratio if share and ratio else None for share, ratio in zip(own, ratios, strict=True)
+        ]
         measured = [times(ratio) for ratio in ratios]
-        lines.append([job, name, f"`{peer}`", times(at_least), *measured, shares(results, job, name), " / ".join(met)])
-    heads = ["job", "shape", "peer", "at least", *names, "share of copy", "met"]
+        ends = [shares(own), shares(at_floor), " / ".join(met)]
+        lines.append([job, name, f"`{peer}`", times(at_least), *measured, *ends])
+    heads = ["job", "shape", "peer", "at least", *names, "share of copy", "at the floor", "met"]
     text = f"{table_of(heads, lines)}\n\n{len(floors) - misses} of {len(floors)} floors are met.\n"
     below = dict.fromkeys(where for result in results for where in result.below())
     text += f"\n### Where a peer is faster: ours below {AS_FAST}x\n\n"
