@@ -55,7 +55,7 @@ struct RowWeights {
 // waits for the one before, and block by block.
 template <typename T, int n, typename Body>
 CO_HD void add_up(int64_t length, double (&totals)[n], const Body& body) {
-  constexpr int lanes = 32;
+  constexpr int lanes = std::max(32, 4 * vector_lanes<T>);  // as many numbers as the shortest row has, at most
   using Sums = Block<T, vector_lanes<T>, lanes / vector_lanes<T>, 1>;
   T values[n][lanes];
   const auto fill = [&](int64_t start) CO_INLINE {
