@@ -9,6 +9,15 @@
 
 namespace constrained_ops {
 
+// What the instruction set holds in one register: wider vectors are taken apart, comparisons of them number by number.
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
 // backward_from_result: of the softmax of float and double, with x in the place of raw.
 enum class Kernel { forward, forward_log_det, backward, backward_log_det, backward_from_result, double_backward };
 

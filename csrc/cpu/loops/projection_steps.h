@@ -22,15 +22,6 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// What the instruction set holds in one register: wider ones are taken apart, comparisons of them number by number.
-#if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
-#elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
-#else
-constexpr int vector_bytes = 16;
-#endif
-
 template <typename T>
 struct VectorOf {
   typedef T type __attribute__((vector_size(vector_bytes)));

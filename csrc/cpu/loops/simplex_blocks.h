@@ -15,12 +15,7 @@ namespace {
 
 constexpr int block_vectors = 8;  // at most
 constexpr int longest_in_registers = 64;
-
-#if defined(__AVX512F__)
-constexpr int block_vector_bytes = 64;
-#else
-constexpr int block_vector_bytes = 32;
-#endif
+constexpr int block_vector_bytes = std::max(32, vector_bytes);
 template <typename T>
 constexpr int vector_lanes = block_vector_bytes / sizeof(T);
 
