@@ -134,7 +134,7 @@ def _number(grad: Tensor | None, like: Tensor) -> Tensor:
 # --- Autograd ------------------------------------------------------------------------------------------------------
 #
 # Functions save raw (and tensor bounds), never the result: from the result, float32 derivatives are wrong by a third
-# at raw = 16. Their last argument is the transform's kernels. Forward mode and third derivatives take the reference
+# at raw = 16. The transform's kernels are an argument of theirs. Forward mode and third derivatives take the reference
 # formulas, which PyTorch can differentiate on.
 
 
