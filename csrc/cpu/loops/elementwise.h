@@ -9,6 +9,7 @@
 #include "../loops.h"
 #include "convert.h"
 #include "of_dtype.h"
+#include "strides.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -90,8 +91,7 @@ template <typename Storage, typename Program, typename Map, bool by_element,
           typename = std::make_index_sequence<Program::outputs>>
 struct Loop;
 
-// The vector loop over one chunk. It takes whole strides, several vectors of independent work for the compiler to
-// interleave: one alone would spend most of its time waiting for its own results.
+// The vector loop over one chunk.
 template <typename Storage, typename Program, typename Map, bool by_element, size_t... I, size_t... O>
 struct Loop<Storage, Program, Map, by_element, std::index_sequence<I...>, std::index_sequence<O...>> {
   using T = compute_t<Storage>;
@@ -107,14 +107,9 @@ struct Loop<Storage, Program, Map, by_element, std::index_sequence<I...>, std::i
  private:
   [[gnu::noinline]] static void compute(const Bounds<T> scalars, int64_t n, Pointer<const T, I>... in,
                                         Pointer<T, O>... out) {
-    constexpr int stride = 32;
-    int64_t start = 0;
-    for (; start + stride <= n; start += stride) {
-#pragma GCC ivdep
-      for (int i = 0; i < stride; ++i) element(scalars, in[start + i]..., out[start + i]...);
-    }
-#pragma GCC ivdep
-    for (int64_t i = start; i < n; ++i) element(scalars, in[i]..., out[i]...);
+    in_strides(
+        n, [&](int64_t i) CO_INLINE { fetch_ahead(i, in..., out...); },
+        [&](int64_t i) CO_INLINE { element(scalars, in[i]..., out[i]...); });
   }
 
   CO_HD static void element(const Bounds<T>& scalars, Value<T, I>... in, Value<T&, O>... out) {

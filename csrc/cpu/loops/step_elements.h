@@ -10,6 +10,7 @@
 #include "../../math/step.h"
 #include "../step.h"
 #include "elementwise.h"
+#include "strides.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -26,30 +27,65 @@ struct StepChunk {
   const T *lower, *upper;  // by element
 };
 
-// Adam on y, which is the parameter, or raw.
+// Adam on element i of y, which is the parameter, or raw.
+template <typename Hook, bool amsgrad, typename T>
+CO_HD void adam_element(const Adam<T>& adam, Bounds<T> bounds, int64_t i, const T* __restrict grad, T* __restrict y,
+                        T* __restrict m, T* __restrict v, T* __restrict largest_v, const T* __restrict lower,
+                        const T* __restrict upper) {
+  if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
+  Moments<T> moments{m[i], v[i], T(0)};
+  if constexpr (amsgrad) moments.largest_v = largest_v[i];
+  T walks = y[i];
+  y[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
+  m[i] = moments.m;
+  v[i] = moments.v;
+  if constexpr (amsgrad) largest_v[i] = moments.largest_v;
+}
+
 template <typename Hook, bool amsgrad, typename T>
 [[gnu::noinline]] void adam_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                  T* __restrict y, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                  const T* __restrict lower, const T* __restrict upper) {
-  const auto element = [&](int64_t i) __attribute__((always_inline)) {
-    Bounds<T> bounds = scalars;
-    if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
-    Moments<T> moments{m[i], v[i], T(0)};
-    if constexpr (amsgrad) moments.largest_v = largest_v[i];
-    T walks = y[i];
-    y[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
-    m[i] = moments.m;
-    v[i] = moments.v;
-    if constexpr (amsgrad) largest_v[i] = moments.largest_v;
+  in_strides(
+      n,
+      [&](int64_t i) CO_INLINE {
+        fetch_ahead(i, grad, y, m, v);
+        if constexpr (amsgrad) fetch_ahead(i, largest_v);
+        if constexpr (Hook::by_element) fetch_ahead(i, lower, upper);
+      },
+      [&](int64_t i)
+          CO_INLINE { adam_element<Hook, amsgrad>(adam, scalars, i, grad, y, m, v, largest_v, lower, upper); });
+}
+
+// Derivative, Adam and transform. Storage tells the innermost neighbours of bounds by element.
+template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
+[[gnu::noinline]] void raw_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
+                                T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
+                                const T* __restrict lower, const T* __restrict upper, T* __restrict x) {
+  alignas(64) T grad_raw[step_chunk];
+  const auto bounds = [&](int64_t i) CO_INLINE {
+    if constexpr (by_element)
+      return bounds_of_element<Storage>(lower[i], upper[i]);
+    else
+      return scalars;
   };
-  constexpr int stride = 32;  // several vectors of independent work for the compiler to interleave
-  int64_t start = 0;
-  for (; start + stride <= n; start += stride) {
-#pragma GCC ivdep
-    for (int64_t i = start; i < start + stride; ++i) element(i);
-  }
-#pragma GCC ivdep
-  for (int64_t i = start; i < n; ++i) element(i);
+  in_strides(
+      n,
+      [&](int64_t i) CO_INLINE {
+        fetch_ahead(i, grad, raw);
+        if constexpr (by_element) fetch_ahead(i, lower, upper);
+      },
+      [&](int64_t i) CO_INLINE { grad_raw[i] = grad[i] * Map::at(raw[i], bounds(i)).x_raw; });
+  in_strides(
+      n,
+      [&](int64_t i) CO_INLINE {
+        fetch_ahead(i, m, v, x);
+        if constexpr (amsgrad) fetch_ahead(i, largest_v);
+      },
+      [&](int64_t i) CO_INLINE {
+        adam_element<NoConstraint, amsgrad>(adam, scalars, i, grad_raw, raw, m, v, largest_v, lower, upper);
+      },
+      [&](int64_t i) CO_INLINE { x[i] = Map::at(raw[i], bounds(i)).x; });
 }
 
 template <typename T>
@@ -60,18 +96,10 @@ void step_on_param(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, con
   adam_loop<Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.m, at.v, at.largest_v, at.lower, at.upper);
 }
 
-// Derivative, Adam and transform one after the other: as one loop they are a chain of dependent operations too long
-// for a processor to overlap with the next. Storage tells the innermost neighbours of bounds by element.
 template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
 void step_on_raw(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
-  alignas(64) T grad_raw[step_chunk];
-  const T *backward_in[4] = {at.raw, at.grad}, *forward_in[] = {at.raw, at.lower, at.upper};
-  if constexpr (by_element) backward_in[1] = at.lower, backward_in[2] = at.upper, backward_in[3] = at.grad;
-  T* const backward_out[] = {grad_raw};
-  T* const forward_out[] = {at.x};
-  Loop<Storage, Backward<false, false>, Map, by_element>::run(backward_in, backward_out, scalars, n);
-  adam_loop<NoConstraint, amsgrad>(adam, scalars, n, grad_raw, at.raw, at.m, at.v, at.largest_v, at.lower, at.upper);
-  Loop<Storage, Forward<false>, Map, by_element>::run(forward_in, forward_out, scalars, n);
+  raw_loop<Storage, Map, by_element, amsgrad>(adam, scalars, n, at.grad, at.raw, at.m, at.v, at.largest_v, at.lower,
+                                              at.upper, at.x);
 }
 
 template <typename Storage, bool amsgrad>

@@ -1,0 +1,56 @@
+// Loops over chunks of numbers, for the compiler to turn into vectors.
+#pragma once
+
+#include <cstdint>
+
+#include "../../math/numeric.h"
+#include "../loops.h"
+
+namespace constrained_ops::CO_LEVEL {
+namespace {
+
+constexpr int64_t stride = 32;  // numbers: several vectors of independent work for the compiler to interleave
+
+// Asks for the stride that comes so many numbers after i: a processor foresees what is read next only within a page,
+// and it has many operands to follow here.
+template <typename... T>
+CO_HD void fetch_ahead(int64_t i, const T*... operands) {
+  constexpr int64_t distance = 512;
+  const auto fetch = [i](const auto* operand) CO_INLINE {
+    const uintptr_t from = reinterpret_cast<uintptr_t>(operand) + (i + distance) * sizeof(*operand);
+#pragma GCC unroll 4
+    for (uintptr_t line = 0; line < stride * sizeof(*operand); line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(from + line));
+  };
+  (fetch(operands), ...);
+}
+
+// stage(i) for each of n numbers, each stage a stride behind the one before it: so a processor overlaps the divisions
+// of one with the multiplications of another, which in the same stride wait for each other. before(i) is called before
+// the first stage begins a stride.
+template <typename Before, typename... Stages>
+CO_HD void in_strides(int64_t n, const Before& before, const Stages&... stages) {
+  constexpr int64_t behind = sizeof...(stages) - 1;
+  const int64_t whole = n / stride * stride;
+  for (int64_t start = 0; start < whole + behind * stride; start += stride) {
+    before(start);
+    int64_t at = start;
+    const auto run = [&](const auto& stage) CO_INLINE {
+      if (at >= 0 && at < whole) {
+#pragma GCC ivdep
+        for (int64_t i = at; i < at + stride; ++i) stage(i);
+      }
+      at -= stride;
+    };
+    (run(stages), ...);
+    if (whole == 0) break;
+  }
+  const auto finish = [&](const auto& stage) CO_INLINE {
+#pragma GCC ivdep
+    for (int64_t i = whole; i < n; ++i) stage(i);
+  };
+  (finish(stages), ...);
+}
+
+}  // namespace
+}  // namespace constrained_ops::CO_LEVEL
