@@ -11,11 +11,11 @@ namespace constrained_ops {
 
 // What the instruction set holds in one register: wider vectors are taken apart, comparisons of them number by number.
 #if defined(__AVX512F__)
-constexpr int vector_bytes = 64;
+constexpr int vector_bytes = 64, vector_registers = 32;
 #elif defined(__AVX2__)
-constexpr int vector_bytes = 32;
+constexpr int vector_bytes = 32, vector_registers = 16;
 #else
-constexpr int vector_bytes = 16;
+constexpr int vector_bytes = 16, vector_registers = 16;
 #endif
 
 // backward_from_result: of the softmax of float and double, with x in the place of raw.

@@ -102,19 +102,19 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
   const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
   const Tiles<T> tiles(1 + weighted<W>, padded);
   T *const x = tiles.at(0), *const weight = weighted<W> ? tiles.at(1) : nullptr;
-  std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
   if (weighted<W>) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     rows.load(static_cast<const Storage*>(call.inputs[0]), x);
+    std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
     if (weighted<W>) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
     if (unit + 1 < end)
       TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, 1 + weighted<W>, call.outputs, 1);
     if constexpr (weighted<W>)
-      project_sorted<n, W>(length, x, weight, T(call.total));
+      project_sorted<n, W>(x, weight, T(call.total));
     else if (length <= n)
-      project_sorted<n>(length, x, T(call.total));
+      project_sorted<n>(x, T(call.total));
     else
       project_largest(length, x, T(call.total), scratch);
     rows.store(x, static_cast<Storage*>(call.outputs[0]));

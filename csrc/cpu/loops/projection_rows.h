@@ -81,9 +81,9 @@ class RowsProjection {
       V top[2] = {V{} - infinity, V{} - infinity};
       for_each_vector(length, [&](int64_t k, int v, int) CO_INLINE {
         V x_k = load(x + r * length + k), u_k = read_weight(weight, r * length + k);
-        top[v] = larger(top[v], lower_bound<W>(x_k, u_k, total));
+        top[v] = larger_of(top[v], lower_bound<W>(x_k, u_k, total));
       });
-      first[r] = Ascent<T>::template from<weighted<W>>(across<T, T>(larger(top[0], top[1]), larger), total);
+      first[r] = Ascent<T>::template from<weighted<W>>(across<T, T>(larger_of(top[0], top[1]), larger_of<T>), total);
     }
 
     int64_t counts[lanes] = {}, height = 1;
@@ -94,7 +94,7 @@ class RowsProjection {
       for_each_vector(length, [&](int64_t k, int, int fresh) CO_INLINE {
         const V x_k = load(x + r * length + k), weight_k = read_weight(weight, r * length + k);
         V u_k = weight_k;
-        auto inside = rest_at<W>(at, total, x_k, u_k) > T(0);
+        auto inside = ~(rest_at<W>(at, total, x_k, u_k) <= T(0));  // a NaN, too
         if (fresh) inside &= lane_numbers() >= V{} + T(fresh);
         if (weighted<W>) compress(weight_k, inside, to_weight + count);
         count += compress(x_k, inside, to + count);
@@ -133,7 +133,7 @@ class RowsProjection {
       for_each_vector(length, [&](int64_t k, int, int) CO_INLINE {
         V u_k = read_weight(weight, r * length + k);
         const V rest = rest_at<W>(at, total, load(x + r * length + k), u_k);
-        store(y + r * length + k, projection_value(rest));
+        store(y + r * length + k, value_of_rest(rest));
       });
     }
   }

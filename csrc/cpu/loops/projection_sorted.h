@@ -2,11 +2,8 @@
 // are sorted, by comparisons that are the same for all lanes, and lambda follows from their sums.
 #pragma once
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
 #include <array>
+#include <type_traits>
 #include <utility>
 
 #include "projection_steps.h"
@@ -43,20 +40,6 @@ class SortingNetwork {
     return result;
   }();
 };
-
-// An instruction each, which the compiler does not find in vectors of AVX-512.
-template <typename V>
-CO_HD V larger_of(V a, V b) {
-  return b > a ? b : a;
-}
-template <typename V>
-CO_HD V smaller_of(V a, V b) {
-  return b > a ? a : b;
-}
-#if defined(__AVX512F__)
-CO_HD Vector<float> larger_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_max_ps(b, a)); }
-CO_HD Vector<float> smaller_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_min_ps(a, b)); }
-#endif
 
 // A NaN changes places, or stays.
 template <typename V>
@@ -101,63 +84,77 @@ CO_HD V root_of_largest(const V (&x)[n], V top, T total) {
   return (sum == sum) & (top - top == T(0)) ? root : V{} + std::numeric_limits<T>::quiet_NaN();
 }
 
-// A step of Newton's, which takes what the rounding of sums left between a root and lambda: rest(k) is x_k less what is
-// near lambda, u(k) what it falls by with lambda.
-template <int n, typename V, typename T, typename Rest, typename U>
-CO_HD V root_correction(T total, const Rest& rest, const U& u) {
+// A step of Newton's, which takes what the rounding of sums left between a root and lambda: rest is x less what is near
+// lambda, u what it falls by with lambda.
+template <Weight W, typename V, int n, typename T>
+CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<V>* u) {
   V excess = V{} - total, lost = {}, slope = {};
+  const auto u_of = [=](int k) CO_INLINE { return rest[k] > V{} ? (weighted<W> ? u[k] : V{} + T(1)) : V{}; };
 #pragma GCC unroll 8
   for (int k = 0; k < n; k += 2) {
-    const V a = rest(k), b = rest(k + 1);
-    slope += (a > V{} ? u(k) : V{}) + (b > V{} ? u(k + 1) : V{});
+    slope += u_of(k) + u_of(k + 1);
     V rounding;
-    excess = two_sum(excess, projection_value(a) + projection_value(b), rounding);
+    excess = two_sum(excess, value_of_rest(rest[k]) + value_of_rest(rest[k + 1]), rounding);
     lost += rounding;
   }
-  return (excess + lost) / slope;
+  return (excess + lost) * reciprocal(slope);
 }
 
 template <typename T>
 constexpr T padding = -std::numeric_limits<T>::infinity();  // never of the support
 
-// Rows of `length` <= n, padded to n; stay so.
+// How many vectors of rows to take at a time: what one waits for, another has at hand.
+template <int n, Weight W>
+constexpr int vectors_at_once = (weighted<W> ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
+
+// Rows of n numbers, padded where they are shorter.
 template <int n, typename T>
-[[gnu::noinline]] void project_sorted(int64_t length, T* tile, T total) {
+[[gnu::noinline]] void project_sorted(T* tile, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
-  for (T* column = tile; column < tile + lanes; column += width<T>) {
-    V x[n];
+  constexpr int count = vectors_at_once<n, Weight::none>;
+  for (T* columns = tile; columns < tile + lanes; columns += count * width<T>) {
+    V x[count][n], top[count], high[count], low[count];
+    const auto place = [=](int v, int k) CO_INLINE { return columns + v * width<T> + k * lanes; };
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
-    for (int k = 0; k < n; ++k) x[k] = load(column + k * lanes);
-    sort_falling(x);
-    const V top = x[0], high = root_of_largest(x, top, total);
-    const auto rest = [=](int k) CO_INLINE {
-      const V rest_k = (load(column + k * lanes) - top) - high;
-      store(column + k * lanes, rest_k);
-      return rest_k;
-    };
-    const V low = root_correction<n, V>(total, rest, [](int) CO_INLINE { return V{} + T(1); });
+      for (int k = 0; k < n; ++k) x[v][k] = load(place(v, k));
+      sort_falling(x[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
+      top[v] = x[v][0];
+      high[v] = root_of_largest(x[v], top[v], total);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
-    for (int k = 0; k < n; ++k)
-      store(column + k * lanes, k < length ? projection_value(load(column + k * lanes) - low) : V{} + padding<T>);
+      for (int k = 0; k < n; ++k) x[v][k] = (load(place(v, k)) - top[v]) - high[v];
+      low[v] = root_correction<Weight::none>(total, x[v], nullptr);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) store(place(v, k), value_of_rest(x[v][k] - low[v]));
+    }
   }
 }
 
 // Rows whose numbers are so much larger than total that one correction does not reach lambda, or left no support, go on
 // from what is left of them, step by step: y takes its place. The others stay.
-template <int n, Weight W, typename T, typename Mask>
-[[gnu::noinline]] void climb_from(T* rest, const T* weight, T total, Mask rows) {
-  constexpr int64_t lanes = RowUnits::lanes;
+template <Weight W, typename V, int n, typename T, typename Mask>
+[[gnu::noinline]] void climb_from(V (&rest)[n], const T* weight, T total, Mask rows) {
   T numbers[n * group<T>], weights[n * group<T>];
   for (int k = 0; k < n; ++k) {
     for (int v = 0; v < group<T>; v += width<T>) {
-      store(numbers + k * group<T> + v, load(rest + k * lanes));
-      store(weights + k * group<T> + v, load(weight + k * lanes));
+      store(numbers + k * group<T> + v, rest[k]);
+      store(weights + k * group<T> + v, load(weight + k * RowUnits::lanes));
     }
   }
   ProjectionScratch scratch(n);
   project<W, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
-  for (int k = 0; k < n; ++k) store(rest + k * lanes, rows ? load(numbers + k * group<T>) : load(rest + k * lanes));
+  for (int k = 0; k < n; ++k) rest[k] = rows ? load(numbers + k * group<T>) : rest[k];
 }
 
 // An element of a row with weights, ordered by c = z / u.
@@ -176,52 +173,60 @@ CO_HD void put_larger_first(WeightedElement<V>& a, WeightedElement<V>& b) {
 
 // The same with weights, which are padded with 1.
 template <int n, Weight W, typename T>
-[[gnu::noinline]] void project_sorted(int64_t length, T* tile, const T* weight, T total) {
+[[gnu::noinline]] void project_sorted(T* tile, const T* weight, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
-  for (int64_t lane = 0; lane < lanes; lane += width<T>) {
-    T* const column = tile + lane;
-    WeightedElement<V> x[n];
-    V u[n], bound = V{} + padding<T>;
+  constexpr int count = vectors_at_once<n, W>;
+  const auto quotient = [](V a, V b) CO_INLINE { return W == Weight::inverse ? a * reciprocal(b) : a / b; };
+  for (int64_t lane = 0; lane < lanes; lane += count * width<T>) {
+    V z[count][n], u[count][n], slope[count], high[count], low[count];
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
+      const int64_t at = lane + v * width<T>;
+      V inverse[n], bound = V{} + padding<T>;
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) {
-      x[k].z = load(column + k * lanes);
-      u[k] = load(weight + lane + k * lanes);
-      x[k].c = W == Weight::inverse ? T(1) / u[k] : u[k];
-      bound = larger(bound, lower_bound<W>(x[k].z, u[k], total));
-    }
-    const V anchor = Ascent<V>::template from<true>(bound, total).anchor;
+      for (int k = 0; k < n; ++k) {
+        z[v][k] = load(tile + at + k * lanes);
+        u[v][k] = load(weight + at + k * lanes);
+        inverse[k] = W == Weight::inverse ? reciprocal(u[v][k]) : u[v][k];
+        const V of_k = W == Weight::inverse ? (z[v][k] - total) * inverse[k] : lower_bound<W>(z[v][k], u[v][k], total);
+        bound = larger_of(bound, of_k);
+      }
+      const V anchor = Ascent<V>::template from<true>(bound, total).anchor;
+      WeightedElement<V> x[n];
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) {
-      x[k].z = projection_anchored<true>(x[k].z, u[k], anchor);
-      x[k].u = u[k];
-      x[k].c *= x[k].z;
-      store(column + k * lanes, x[k].z);
-    }
-    sort_falling(x);
-    V sum = x[0].z - total, slope = x[0].u, high = sum / slope;
+      for (int k = 0; k < n; ++k) {
+        z[v][k] = projection_anchored<true>(z[v][k], u[v][k], anchor);
+        x[k] = {z[v][k], u[v][k], z[v][k] * inverse[k]};
+      }
+      sort_falling(x);
+      V sum = x[0].z - total;
+      slope[v] = x[0].u;
+      high[v] = quotient(sum, slope[v]);
 #pragma GCC unroll 8
-    for (int k = 1; k < n; ++k) {
-      sum += x[k].z;
-      slope += x[k].u;
-      const V of_k = sum / slope;
-      high = larger_of(high, of_k);
+      for (int k = 1; k < n; ++k) {
+        sum += x[k].z;
+        slope[v] += x[k].u;
+        high[v] = larger_of(high[v], quotient(sum, slope[v]));
+      }
     }
-    const auto rest = [=](int k) CO_INLINE {
-      const V rest_k = load(column + k * lanes) - high * u[k];
-      store(column + k * lanes, rest_k);
-      return rest_k;
-    };
-    V low = root_correction<n, V>(total, rest, [=](int k) CO_INLINE { return u[k]; });
-    const V moved = (low < V{} ? -low : low) * slope;
-    if (const auto off = ~(moved <= 8 * total) & (high == high); any(off)) {
-      climb_from<n, W>(column, weight + lane, total, off);
-      low = off ? V{} : low;
-    }
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 8
-    for (int k = 0; k < n; ++k)
-      store(column + k * lanes,
-            k < length ? projection_value(load(column + k * lanes) - low * u[k]) : V{} + padding<T>);
+      for (int k = 0; k < n; ++k) z[v][k] -= high[v] * u[v][k];
+      low[v] = root_correction<W>(total, z[v], u[v]);
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) {
+      T* const column = tile + lane + v * width<T>;
+      const V moved = (low[v] < V{} ? -low[v] : low[v]) * slope[v];
+      if (const auto off = ~(moved <= 8 * total) & (high[v] == high[v]); any(off)) {
+        climb_from<W>(z[v], weight + lane + v * width<T>, total, off);
+        low[v] = off ? V{} : low[v];
+      }
+#pragma GCC unroll 8
+      for (int k = 0; k < n; ++k) store(column + k * lanes, value_of_rest(z[v][k] - low[v] * u[v][k]));
+    }
   }
 }
 
@@ -245,8 +250,10 @@ template <typename T>
         merge_larger(x, more);
       }
       const V top = x[0], high = root_of_largest(x, top, total);
-      const V low = root_correction<sorted_block, V>(
-          total, [=](int k) CO_INLINE { return (x[k] - top) - high; }, [](int) CO_INLINE { return V{} + T(1); });
+      V rest[sorted_block];
+#pragma GCC unroll 8
+      for (int k = 0; k < sorted_block; ++k) rest[k] = (x[k] - top) - high;
+      const V low = root_correction<Weight::none>(total, rest, nullptr);
       const auto beyond = x[sorted_block - 1] - top > high;
       at[v] = {top, high, low, V{} + std::numeric_limits<T>::infinity(), beyond ? V{} + T(most_readings) : V{}};
     }
@@ -262,7 +269,7 @@ template <typename T>
     };
     each([&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
-      const V y = projection_value(rest_at<Weight::none>(at[v], total, load(p), u));
+      const V y = value_of_rest(rest_at<Weight::none>(at[v], total, load(p), u));
       store(p, y);
       sum[v] += y;
     });

@@ -4,6 +4,7 @@
 
 #include <memory>
 
+#include "projection_steps.h"
 #include "simplex_blocks.h"
 #include "step_elements.h"
 
@@ -63,7 +64,7 @@ template <typename T>
 class StepScratch {
  public:
   StepScratch(const StepSlot& slot, const StepBlocks& blocks, int copies)
-      : size_(blocks.outers * blocks.lanes * slot.rows.length), memory_(new T[copies * size_]) {}
+      : size_((blocks.outers * blocks.lanes * slot.rows.length + 63) / 64 * 64), memory_(new T[copies * size_]) {}
   T* at(int copy) const { return memory_.get() + copy * size_; }
 
  private:
@@ -130,15 +131,16 @@ void step_softmax(const StepSlot& slot, const void* grads, const StepNumbers& nu
 template <bool amsgrad, typename T>
 [[gnu::noinline]] void metric_loop(const Adam<T> adam, int64_t n, const T* __restrict grad, const T* __restrict x,
                                    T* __restrict m, T* __restrict v, T* __restrict largest_v, T* __restrict d) {
-#pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    Moments<T> moments{m[i], v[i], T(0)};
-    if constexpr (amsgrad) moments.largest_v = largest_v[i];
-    d[i] = adam_metric<amsgrad>(adam, grad[i] * adam.grad_factor, x[i], moments);
-    m[i] = moments.m;
-    v[i] = moments.v;
-    if constexpr (amsgrad) largest_v[i] = moments.largest_v;
-  }
+  in_strides(
+      n, [&](int64_t i) CO_INLINE { fetch_ahead(i, grad, x, m, v); },
+      [&](int64_t i) CO_INLINE {
+        Moments<T> moments{m[i], v[i], T(0)};
+        if constexpr (amsgrad) moments.largest_v = largest_v[i];
+        d[i] = adam_metric<amsgrad>(adam, grad[i] * adam.grad_factor, x[i], moments);
+        m[i] = moments.m;
+        v[i] = moments.v;
+        if constexpr (amsgrad) largest_v[i] = moments.largest_v;
+      });
 }
 
 // No d less than its share of the row's largest. A NaN makes NaN of its row.
@@ -208,16 +210,13 @@ template <typename T>
   }
 }
 
-// Where Adam goes, y. Its metric d becomes its inverse.
+// Where Adam goes, y. Its metric d becomes its inverse u; there is room for whole vectors of it.
 template <typename T>
 [[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, T* __restrict d,
                                    const T* __restrict x, T* __restrict y) {
+  for (int64_t i = 0; i < n; i += width<T>) store(d + i, reciprocal(load(d + i)));
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) {
-    const T u = T(1) / d[i];
-    y[i] = adam_target(adam, x[i], m[i] * u, T(1));
-    d[i] = u;
-  }
+  for (int64_t i = 0; i < n; ++i) y[i] = adam_target(adam, x[i], m[i] * d[i], T(1));
 }
 
 template <typename Storage, typename State>

@@ -1,6 +1,10 @@
 // Rows that follow each other in memory into the columns of a tile, and back.
 #pragma once
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cstdint>
 #include <type_traits>
@@ -24,8 +28,8 @@ void transpose_plain(const From* from, int64_t from_stride, To* to, int64_t to_s
 #endif
 
 #if defined(CO_SHUFFLES)
-using Eight __attribute__((vector_size(32), aligned(4))) = float;
 using Four __attribute__((vector_size(16), aligned(4))) = float;
+using Eight __attribute__((vector_size(32), aligned(4))) = float;
 
 inline Four read_four(const float* from) { return *reinterpret_cast<const Four*>(from); }
 inline void write_eight(Eight numbers, float* to) { *reinterpret_cast<Eight*>(to) = numbers; }
@@ -54,20 +58,85 @@ CO_HD void transpose_8x8(const Row& row, const Column& column) {
     column(c + 3, __builtin_shufflevector(b[c + 1], b[c + 3], 2, 3, 10, 11, 6, 7, 14, 15));
   }
 }
+
+#if defined(__AVX512F__)
+// The same of four by four numbers in each quarter.
+CO_HD void transpose_quarters(__m512 (&a)[4]) {
+  const __m512 low[] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3])};
+  const __m512 high[] = {_mm512_unpackhi_ps(a[0], a[1]), _mm512_unpackhi_ps(a[2], a[3])};
+  a[0] = _mm512_shuffle_ps(low[0], low[1], 0x44);
+  a[1] = _mm512_shuffle_ps(low[0], low[1], 0xee);
+  a[2] = _mm512_shuffle_ps(high[0], high[1], 0x44);
+  a[3] = _mm512_shuffle_ps(high[0], high[1], 0xee);
+}
+
+// Four numbers each of sixteen rows to sixteen each of four, and back. Quarters are joined as they are read, and parted
+// as they are written.
+CO_HD void transpose_16x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 a[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, from += from_stride) {
+    a[i] = _mm512_castps128_ps512(_mm_loadu_ps(from));
+    a[i] = _mm512_insertf32x4(a[i], _mm_loadu_ps(from + 4 * from_stride), 1);
+    a[i] = _mm512_insertf32x4(a[i], _mm_loadu_ps(from + 8 * from_stride), 2);
+    a[i] = _mm512_insertf32x4(a[i], _mm_loadu_ps(from + 12 * from_stride), 3);
+  }
+  transpose_quarters(a);
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c, to += to_stride) _mm512_storeu_ps(to, a[c]);
+}
+CO_HD void transpose_4x16(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+  __m512 a[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r, from += from_stride) a[r] = _mm512_loadu_ps(from);
+  transpose_quarters(a);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i, to += to_stride) {
+    _mm_storeu_ps(to, _mm512_castps512_ps128(a[i]));
+    _mm_storeu_ps(to + 4 * to_stride, _mm512_extractf32x4_ps(a[i], 1));
+    _mm_storeu_ps(to + 8 * to_stride, _mm512_extractf32x4_ps(a[i], 2));
+    _mm_storeu_ps(to + 12 * to_stride, _mm512_extractf32x4_ps(a[i], 3));
+  }
+}
 #endif
+
+// block(r, c) for blocks of `tall` by `wide` numbers that cover all; the last ones overlap those before.
+template <int64_t tall, int64_t wide, typename Block>
+CO_HD void in_blocks(int64_t rows, int64_t columns, const Block& block) {
+  for (int64_t r = 0; r < rows; r = r + tall < rows ? std::min(r + tall, rows - tall) : rows)
+    for (int64_t c = 0; c < columns; c = c + wide < columns ? std::min(c + wide, columns - wide) : columns) block(r, c);
+}
+#endif
+
+// Whether transpose() does whole tiles of such rows by quarters of vectors.
+template <typename From, typename To>
+constexpr bool in_quarters([[maybe_unused]] int64_t length) {
+#if defined(CO_SHUFFLES)
+  if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) return vector_bytes == 64 && length > 4;
+#endif
+  return false;
+}
 
 // to[c * to_stride + r] = from[r * from_stride + c], converted.
 template <typename From, typename To>
 void transpose(const From* from, int64_t from_stride, To* to, int64_t to_stride, int64_t rows, int64_t columns) {
 #if defined(CO_SHUFFLES)
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>) {
-    if (rows >= 8 && columns >= 8) {  // the last square of a line overlaps the one before
-      for (int64_t r = 0; r < rows; r = r + 8 < rows ? std::min(r + 8, rows - 8) : rows)
-        for (int64_t c = 0; c < columns; c = c + 8 < columns ? std::min(c + 8, columns - 8) : columns)
-          transpose_8x8([=](int i) CO_INLINE { return from + (r + i) * from_stride + c; },
-                        [=](int k, Eight numbers) CO_INLINE { write_eight(numbers, to + (c + k) * to_stride + r); });
-      return;
-    }
+#if defined(__AVX512F__)
+    if (rows >= 16 && columns >= 4)
+      return in_blocks<16, 4>(rows, columns, [=](int64_t r, int64_t c) CO_INLINE {
+        transpose_16x4(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+      });
+    if (rows >= 4 && columns >= 16)
+      return in_blocks<4, 16>(rows, columns, [=](int64_t r, int64_t c) CO_INLINE {
+        transpose_4x16(from + r * from_stride + c, from_stride, to + c * to_stride + r, to_stride);
+      });
+#endif
+    if (rows >= 8 && columns >= 8)
+      return in_blocks<8, 8>(rows, columns, [=](int64_t r, int64_t c) CO_INLINE {
+        transpose_8x8([=](int i) CO_INLINE { return from + (r + i) * from_stride + c; },
+                      [=](int k, Eight numbers) CO_INLINE { write_eight(numbers, to + (c + k) * to_stride + r); });
+      });
   }
 #endif
   transpose_plain(from, from_stride, to, to_stride, rows, columns);
@@ -119,9 +188,10 @@ template <typename From, typename To>
 [[gnu::noinline]] void rows_to_tile(const From* rows, To* tile, int64_t length, int64_t count) {
 #if defined(CO_SHUFFLES)
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
-    if (count == RowUnits::lanes && length > 4 && length < 8) return squares_to_tile(rows, tile, length);
+    if (!in_quarters<From, To>(length) && count == RowUnits::lanes && length > 4 && length < 8)
+      return squares_to_tile(rows, tile, length);
 #endif
-  if (count == RowUnits::lanes) switch (length) {
+  if (count == RowUnits::lanes && !in_quarters<From, To>(length)) switch (length) {
       case 2:
         return short_rows_to_tile<2>(rows, tile);
       case 3:
@@ -141,9 +211,10 @@ template <typename From, typename To>
 [[gnu::noinline]] void tile_to_rows(const From* tile, To* rows, int64_t length, int64_t count) {
 #if defined(CO_SHUFFLES)
   if constexpr (std::is_same_v<From, float> && std::is_same_v<To, float>)
-    if (count == RowUnits::lanes && length > 4 && length < 8) return tile_to_squares(tile, rows, length);
+    if (!in_quarters<From, To>(length) && count == RowUnits::lanes && length > 4 && length < 8)
+      return tile_to_squares(tile, rows, length);
 #endif
-  if (count == RowUnits::lanes) switch (length) {
+  if (count == RowUnits::lanes && !in_quarters<From, To>(length)) switch (length) {
       case 2:
         return tile_to_short_rows<2>(tile, rows);
       case 3:
