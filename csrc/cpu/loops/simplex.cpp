@@ -16,6 +16,8 @@ constexpr int64_t scratch_size = 1 << 16;  // longer rows of 16-bit numbers comp
 
 // The kernels as types, for a template argument each.
 struct ForwardRows {
+  template <typename T>
+  using Common = T;  // the smallest positive number
   static constexpr int inputs = 1, outputs = 1;
   template <typename Block, typename T>
   static void blocks(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out) {
@@ -34,6 +36,8 @@ struct ForwardRows {
 // given: x takes the place of raw.
 template <bool given>
 struct BackwardRows {
+  template <typename T>
+  using Common = T;
   static constexpr int inputs = 2, outputs = 1;
   template <typename Block, typename T>
   static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
@@ -50,6 +54,8 @@ struct BackwardRows {
   }
 };
 struct DoubleBackwardRows {
+  template <typename T>
+  using Common = T;
   static constexpr int inputs = 3, outputs = 2;
   template <typename Block, typename T>
   static void blocks(int64_t count, int64_t length, T, const T* const* in, T* const* out) {
@@ -93,7 +99,7 @@ struct Pointers {
 // Units of tiles, with rows that follow each other. Whole blocks of the compute type in place; 16-bit numbers, and what
 // does not fill a block, through memory of one thread.
 template <typename Rows, typename Storage>
-void run_blocks(const RowCall& call, const BlockKernel<compute_t<Storage>>& kernel, int64_t begin, int64_t end) {
+void run_blocks(const RowCall& call, const BlockKernel<Rows, compute_t<Storage>>& kernel, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length, last = std::min(end * RowUnits::lanes, call.layout.outer);
   const T smallest = next_above<Storage>(T(0));

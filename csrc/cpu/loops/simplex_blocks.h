@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "../../math/simplex.h"
-#include "../loops.h"
+#include "vectors.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -89,6 +89,11 @@ class Block {
 
   CO_HD T& operator[](int i) { return reinterpret_cast<T*>(vector_)[i]; }
   CO_HD const T& operator[](int i) const { return reinterpret_cast<const T*>(vector_)[i]; }
+
+  CO_HD void invert() {
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) vector_[v] = reciprocal(vector_[v]);
+  }
 
   // Every number becomes the first of its row.
   CO_HD Block row_heads() const {
@@ -241,18 +246,20 @@ template <typename Block, typename T>
 
 #undef CO_EACH
 
-// The kernel of `Rows` for rows of `length`, and how many rows it takes at a time; null if there is none.
-template <typename T>
+// The kernel of `Rows` for rows of `length`, and how many rows it takes at a time; null if there is none. What all rows
+// have in common it takes as Rows::Common<T>.
+template <typename Rows, typename T>
 struct BlockKernel {
-  void (*run)(int64_t count, int64_t length, T smallest, const T* const* in, T* const* out);
+  void (*run)(int64_t count, int64_t length, typename Rows::template Common<T> common, const T* const* in,
+              T* const* out);
   int rows;
 };
 template <typename Rows, typename Block, typename T>
-BlockKernel<T> block_kernel() {
+BlockKernel<Rows, T> block_kernel() {
   return {Rows::template blocks<Block, T>, Block::rows};
 }
 template <typename Rows, typename T, int per_row = 1>
-BlockKernel<T> pick_vectors(int64_t length) {
+BlockKernel<Rows, T> pick_vectors(int64_t length) {
   constexpr int lanes = vector_lanes<T>;
   if (length <= per_row * lanes) return block_kernel<Rows, Block<T, lanes, per_row>, T>();
   if constexpr (per_row < block_vectors && per_row * lanes < longest_in_registers)
@@ -260,7 +267,7 @@ BlockKernel<T> pick_vectors(int64_t length) {
   return {};
 }
 template <typename Rows, typename T>
-BlockKernel<T> pick_blocks(int64_t length) {
+BlockKernel<Rows, T> pick_blocks(int64_t length) {
   constexpr int lanes = vector_lanes<T>, half = lanes / 2;
   if (length == 2) return block_kernel<Rows, Block<T, 2, 1>, T>();
   if (length == 4) return block_kernel<Rows, Block<T, 4, 1>, T>();
@@ -268,7 +275,7 @@ BlockKernel<T> pick_blocks(int64_t length) {
     if (length == half) return block_kernel<Rows, Block<T, half, 1>, T>();
     if (half < length && length < lanes) return block_kernel<Rows, Block<T, half, 2, block_vectors / 2, half>, T>();
   }
-  return length < lanes ? BlockKernel<T>{} : pick_vectors<Rows, T>(length);
+  return length < lanes ? BlockKernel<Rows, T>{} : pick_vectors<Rows, T>(length);
 }
 
 }  // namespace

@@ -4,9 +4,9 @@
 
 #include <memory>
 
-#include "projection_steps.h"
 #include "simplex_blocks.h"
 #include "step_elements.h"
+#include "vectors.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -64,7 +64,7 @@ template <typename T>
 class StepScratch {
  public:
   StepScratch(const StepSlot& slot, const StepBlocks& blocks, int copies)
-      : size_((blocks.outers * blocks.lanes * slot.rows.length + 63) / 64 * 64), memory_(new T[copies * size_]) {}
+      : size_(blocks.outers * blocks.lanes * slot.rows.length), memory_(new T[copies * size_]) {}
   T* at(int copy) const { return memory_.get() + copy * size_; }
 
  private:
@@ -143,80 +143,86 @@ template <bool amsgrad, typename T>
       });
 }
 
-// No d less than its share of the row's largest. A NaN makes NaN of its row.
-struct FloorRows {
-  struct Larger {
-    template <typename V>
-    CO_HD V operator()(V a, V b) const {
-      return adam_larger(a, b);
-    }
-  };
+// d raised to what it must be at least, and turned into its inverse u, in place.
+template <typename T>
+CO_HD void invert_metric(int64_t n, T floor, T* d) {
+  const auto invert = [=](T* numbers)
+                          CO_INLINE { store(numbers, reciprocal(larger_of(load(numbers), Vector<T>{} + floor))); };
+  const int64_t whole = n / width<T> * width<T>;
+  for (int64_t i = 0; i < whole; i += width<T>) invert(d + i);
+  if (whole == n) return;
+  T rest[width<T>] = {};
+  std::copy(d + whole, d + n, rest);
+  invert(rest);
+  std::copy_n(rest, n - whole, d + whole);
+}
+
+// Rows in registers: the metric d becomes u, and y where Adam goes in it. No d is less than its share of the row's
+// largest. Where a d is NaN, so is y.
+struct TargetRows {
+  template <typename T>
+  using Common = const Adam<T>&;
   template <typename Block, typename T>
-  static void blocks(int64_t count, int64_t length, T share, const T* const*, T* const* d) {
+  static void blocks(int64_t count, int64_t length, const Adam<T>& adam, const T* const* in, T* const* out) {
+    const T *const x = in[0], *const m = in[1];
+    T *const d = out[0], *const y = out[1];
     for (int64_t at = 0; at < count * Block::rows * length; at += Block::rows * length) {
-      const Block block(d[0] + at, length), largest = block.along_rows(Larger());
-      Block result;
+      Block u(d + at, length), target(x + at, length);
+      const Block largest = u.along_rows(Larger()), moment(m + at, length);
 #pragma omp simd simdlen(Block::lanes)
-      for (int i = 0; i < Block::size; ++i) result[i] = adam_larger(block[i], share * largest[i]);
-      result.store(d[0] + at, length);
+      for (int i = 0; i < Block::size; ++i) {
+        const T floor = adam_floor<T> * largest[i];
+        u[i] = floor > u[i] ? floor : u[i];
+      }
+      u.invert();
+#pragma omp simd simdlen(Block::lanes)
+      for (int i = 0; i < Block::size; ++i) target[i] = adam_target(adam, target[i], moment[i] * u[i], T(1));
+      u.store(d + at, length);
+      target.store(y + at, length);
     }
   }
 };
 
-// [outer, length, inner]
+// The same for rows [outer, length, inner] of any length; `largest` has room for `inner` numbers.
 template <typename T>
-[[gnu::noinline]] void floor_metric(const RowLayout& rows, T* __restrict d, T* __restrict largest) {
-  auto [outer, length, inner] = rows;
-  if (const auto kernel = pick_blocks<FloorRows, T>(length); kernel.run && inner == 1) {
+[[gnu::noinline]] void target_rows(const Adam<T> adam, const RowLayout& rows, const T* __restrict x,
+                                   const T* __restrict m, T* __restrict d, T* __restrict y, T* __restrict largest) {
+  const auto [outer, length, inner] = rows;
+  const int64_t size = length * inner, n = outer * size;
+  int64_t done = 0;
+  if (const auto kernel = pick_blocks<TargetRows, T>(length); kernel.run && inner == 1) {
+    const T* const in[] = {x, m};
+    T* const out[] = {d, y};
     const int64_t count = outer / kernel.rows;
-    T* const rows_of_blocks[] = {d};
-    kernel.run(count, length, adam_floor<T>, nullptr, rows_of_blocks);
-    outer -= count * kernel.rows;
-    d += count * kernel.rows * length;
+    kernel.run(count, length, adam, in, out);
+    done = count * kernel.rows * size;
   }
-  for (int64_t o = 0; o < outer; ++o, d += length * inner) {
-    if (inner == 1 && length < 8) {
-      T top = 0, sum = 0;
-      for (int64_t k = 0; k < length; ++k) {
-        top = d[k] > top ? d[k] : top;
-        sum += d[k];
-      }
-      const T floor = adam_floor<T> * (sum == sum ? top : sum);
-      for (int64_t k = 0; k < length; ++k) d[k] = d[k] > floor ? d[k] : floor;
-      continue;
-    }
+  for (int64_t at = done; at < n; at += size) {
+    T* const row = d + at;
     if (inner == 1) {
       T top = 0;
-      int numbers = 1;
-#pragma omp simd reduction(max : top) reduction(& : numbers)
-      for (int64_t k = 0; k < length; ++k) {
-        top = d[k] > top ? d[k] : top;
-        numbers &= static_cast<int>(d[k] == d[k]);
-      }
-      const T floor = numbers ? adam_floor<T> * top : std::numeric_limits<T>::quiet_NaN();
-#pragma GCC ivdep
-      for (int64_t k = 0; k < length; ++k) d[k] = adam_larger(d[k], floor);
+#pragma omp simd reduction(max : top)
+      for (int64_t k = 0; k < length; ++k) top = row[k] > top ? row[k] : top;
+      invert_metric(length, adam_floor<T> * top, row);
       continue;
     }
     std::fill_n(largest, inner, T(0));
     for (int64_t k = 0; k < length; ++k) {
 #pragma GCC ivdep
-      for (int64_t l = 0; l < inner; ++l) largest[l] = adam_larger(largest[l], d[k * inner + l]);
+      for (int64_t l = 0; l < inner; ++l)
+        largest[l] = row[k * inner + l] > largest[l] ? row[k * inner + l] : largest[l];
     }
     for (int64_t k = 0; k < length; ++k) {
 #pragma GCC ivdep
-      for (int64_t l = 0; l < inner; ++l) d[k * inner + l] = adam_larger(d[k * inner + l], adam_floor<T> * largest[l]);
+      for (int64_t l = 0; l < inner; ++l) {
+        const T floor = adam_floor<T> * largest[l];
+        row[k * inner + l] = floor > row[k * inner + l] ? floor : row[k * inner + l];
+      }
     }
+    invert_metric(size, T(0), row);
   }
-}
-
-// Where Adam goes, y. Its metric d becomes its inverse u; there is room for whole vectors of it.
-template <typename T>
-[[gnu::noinline]] void target_loop(const Adam<T> adam, int64_t n, const T* __restrict m, T* __restrict d,
-                                   const T* __restrict x, T* __restrict y) {
-  for (int64_t i = 0; i < n; i += width<T>) store(d + i, reciprocal(load(d + i)));
 #pragma GCC ivdep
-  for (int64_t i = 0; i < n; ++i) y[i] = adam_target(adam, x[i], m[i] * d[i], T(1));
+  for (int64_t i = done; i < n; ++i) y[i] = adam_target(adam, x[i], m[i] * d[i], T(1));
 }
 
 template <typename Storage, typename State>
@@ -244,8 +250,7 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
       T *m = block.open(exp_avg, scratch.at(2)), *v = block.open(exp_avg_sq, scratch.at(3)),
         *largest_v = max_exp_avg_sq ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr, *d = scratch.at(5);
       metric(adam, n, grad, x, m, v, largest_v, d);
-      floor_metric(block.local, d, scratch.at(6));
-      target_loop(adam, n, m, d, x, y);
+      target_rows(adam, block.local, x, m, d, y, scratch.at(6));
       block.close(exp_avg, m);
       block.close(exp_avg_sq, v);
       if (max_exp_avg_sq) block.close(max_exp_avg_sq, largest_v);
