@@ -14,7 +14,7 @@ namespace constrained_ops {
 // How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
 // passes them several times: a few whole outer indices, or a few neighbouring rows.
 struct StepBlocks {
-  static constexpr int64_t elements = 8192;
+  static constexpr int64_t elements = 4096;
 
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;
@@ -23,6 +23,7 @@ struct StepBlocks {
     const auto [outer, length, inner] = layout;
     if (length * inner <= elements) {
       outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
+      if (inner == 1 && outers >= RowUnits::lanes) outers = outers / RowUnits::lanes * RowUnits::lanes;
       count = (outer + outers - 1) / outers;
       return;
     }

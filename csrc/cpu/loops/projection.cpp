@@ -100,7 +100,7 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
   if constexpr (n < most_sorted<W>)
     if (length > n) return run_sorted<2 * n, W, Storage>(call, units, begin, end);
   const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
-  const Tiles<T> tiles(1 + weighted<W>, padded);
+  const Tiles<T> tiles(1 + weighted<W>, padded, call.layout);
   T *const x = tiles.at(0), *const weight = weighted<W> ? tiles.at(1) : nullptr;
   if (weighted<W>) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
@@ -131,7 +131,7 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
       return run_side_by_side<W, Storage>(call, begin, end);
     if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
   }
-  const Tiles<T> tiles(Rows::inputs, length);
+  const Tiles<T> tiles(Rows::inputs, length, call.layout);
   ProjectionScratch scratch(length);
   const T* in[Rows::inputs];
   T* out[Rows::outputs];

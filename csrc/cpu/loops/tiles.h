@@ -15,9 +15,13 @@ class Tiles {
  public:
   static constexpr int64_t lanes = RowUnits::lanes;
 
-  // Of zeros, since rows may not fill all lanes; or, of another `width`, of anything.
+  // Of zeros, since rows may not fill all lanes, unless those of a layout do; or, of another `width`, of anything.
   Tiles(int count, int64_t length) : Tiles(count, length, lanes) {
     std::fill(first_, first_ + (count - 1) * apart_ + length * lanes, T(0));
+  }
+  Tiles(int count, int64_t length, const RowLayout& rows) : Tiles(count, length, lanes) {
+    if ((rows.inner < lanes ? rows.outer * rows.inner : rows.inner) % lanes != 0)
+      std::fill(first_, first_ + (count - 1) * apart_ + length * lanes, T(0));
   }
   Tiles(int count, int64_t length, int64_t width)
       : apart_(length * width + line), memory_(new T[count * apart_ + line]), first_(memory_.get()) {
