@@ -55,10 +55,11 @@ struct BackwardRows {
   }
 };
 
-// Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
-// converted.
 template <Weight W>
 constexpr int64_t shortest_side_by_side = W == Weight::given ? 48 : 256;
+
+// Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
+// converted.
 
 template <Weight W, typename Storage>
 void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
@@ -121,33 +122,6 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
   }
 }
 
-template <typename Rows, typename Storage>
-void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
-  using T = compute_t<Storage>;
-  const int64_t length = call.layout.length;
-  if constexpr (Rows::forward) {
-    constexpr Weight W = Rows::weight;
-    if (call.layout.inner == 1 && length >= shortest_side_by_side<W>)
-      return run_side_by_side<W, Storage>(call, begin, end);
-    if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
-  }
-  const Tiles<T> tiles(Rows::inputs, length, call.layout);
-  ProjectionScratch scratch(length);
-  const T* in[Rows::inputs];
-  T* out[Rows::outputs];
-  for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
-  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::place[i]) : nullptr;
-  for (int64_t unit = begin; unit < end; ++unit) {
-    const TileRows rows(call.layout, units, unit);
-    for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
-    if (unit + 1 < end)
-      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, Rows::inputs, call.outputs, Rows::outputs);
-    Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
-    for (int i = 0; i < Rows::outputs; ++i)
-      if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
-  }
-}
-
 // One row at a time, in place or, where its elements are of 16 bits or apart, in memory of the thread's own.
 template <typename Storage, typename Rows>
 class SingleRows {
@@ -197,6 +171,38 @@ class SingleRows {
   ProjectionScratch scratch_;
   const std::unique_ptr<T[]> memory_;
 };
+
+template <typename Rows, typename Storage>
+void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
+  using T = compute_t<Storage>;
+  const int64_t length = call.layout.length;
+  if constexpr (Rows::forward) {
+    constexpr Weight W = Rows::weight;
+    if (call.layout.inner == 1 && length >= shortest_side_by_side<W>) {
+      if constexpr (W != Weight::inverse) return run_side_by_side<W, Storage>(call, begin, end);
+      SingleRows<Storage, Rows> rows(call);  // a step leaves most of its rows in the support
+      for (int64_t row = begin * units.lanes; row < std::min(end * units.lanes, call.layout.outer); ++row)
+        rows.run(row * length);
+      return;
+    }
+    if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
+  }
+  const Tiles<T> tiles(Rows::inputs, length, call.layout);
+  ProjectionScratch scratch(length);
+  const T* in[Rows::inputs];
+  T* out[Rows::outputs];
+  for (int i = 0; i < Rows::inputs; ++i) in[i] = tiles.at(i);
+  for (int i = 0; i < Rows::outputs; ++i) out[i] = call.outputs[i] ? tiles.at(Rows::place[i]) : nullptr;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const TileRows rows(call.layout, units, unit);
+    for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
+    if (unit + 1 < end)
+      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, Rows::inputs, call.outputs, Rows::outputs);
+    Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
+    for (int i = 0; i < Rows::outputs; ++i)
+      if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
+  }
+}
 
 template <typename Rows, typename Storage>
 void run_rows(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
