@@ -26,11 +26,11 @@ struct Sigmoid {
     const T magnitude = magnitude_of(raw);
     const Exp<T> exponential = exp_nonpositive(-magnitude);
     const T e = exponential.exp;
-    const T quotient = rough_share(e);
-    const T near = quotient + (T(1) - quotient) * ((e - e * quotient) - quotient);  // a step of Newton's
-    const T far = T(1) - near, tanh_magnitude = -exponential.expm1 * far;
+    const T quotient = e / (T(1) + e), far = T(1) - quotient;
+    const T near = quotient + far * ((e - e * quotient) - quotient);  // a step of Newton's: rounded once, not twice
+    const T tanh_magnitude = -exponential.expm1 * far;
     const bool upper_half = raw >= T(0);
-    return {raw,           magnitude, e, near, far, near * far, upper_half ? tanh_magnitude : -tanh_magnitude,
+    return {raw,           magnitude, e, near, far, quotient * far, upper_half ? tanh_magnitude : -tanh_magnitude,
             log1p_unit(e), upper_half};
   }
 

@@ -152,15 +152,6 @@ struct Reduced {
   CO_HD T lifted() const { return bit_cast<T>(low_bits << Format<T>::mantissa_bits); }  // 2^(k + lift)
 };
 
-// e / (1 + e) for 0 <= e <= 1, near enough that a step of Newton's makes it right. For float without a division, which
-// takes a vector unit longer than all of this: a Chebyshev fit of 1 / (1 + e), to 1 / 19601 relative.
-CO_HD float rough_share(float e) {
-  constexpr float c[] = {19600 / 19601.0f,  -19528 / 19601.0f, 18688 / 19601.0f,
-                         -15104 / 19601.0f, 8192 / 19601.0f,   -2048 / 19601.0f};
-  return e * polynomial(c, e);
-}
-CO_HD double rough_share(double e) { return e / (1 + e); }
-
 template <typename T>
 struct Exp {
   T exp;    // e^x
