@@ -13,6 +13,7 @@ from torch.distributions import constraints
 from torch.nn import Parameter
 
 import constrained_ops as co
+from constrained_ops.optim import ProjectedAdam
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -97,6 +98,22 @@ def test_parameters_without_elements_are_harmless_anywhere(kind: type[Any], plac
         ours.step()
         theirs.step()
     assert all(map(torch.equal, full, alone))
+
+
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 11, 16, 20, 33, 64, 100, 300, 1500])
+def test_a_row_goes_where_it_would_go_alone(length: int) -> None:
+    rows = [Parameter(torch.softmax(torch.randn(1, length), -1)) for _ in range(37)]  # no multiple of anything
+    if rows[0].device.type != "cpu":
+        pytest.skip("of the CPU's loops, which take rows in many ways")
+    together = Parameter(torch.cat(list(rows)).detach())
+    ours, theirs = (ProjectedAdam(each, lr=1e-2, constraint=constraints.simplex) for each in ([together], rows))
+    for _ in range(3):
+        together.grad = noise(*together.shape)
+        for row, grad in zip(rows, together.grad.split(1), strict=True):
+            row.grad = grad.clone()
+        ours.step()
+        theirs.step()
+    assert torch.equal(together, torch.cat(list(rows)))
 
 
 def test_scalars_are_parameters_too() -> None:

@@ -97,7 +97,7 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
     excess = two_sum(excess, value_of_rest(rest[k]) + value_of_rest(rest[k + 1]), rounding);
     lost += rounding;
   }
-  return (excess + lost) * reciprocal(slope);
+  return over_slope<W>(excess + lost, slope);
 }
 
 template <typename T>
@@ -177,7 +177,6 @@ template <int n, Weight W, typename T>
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr int count = vectors_at_once<n, W>;
-  const auto quotient = [](V a, V b) CO_INLINE { return W == Weight::inverse ? a * reciprocal(b) : a / b; };
   for (int64_t lane = 0; lane < lanes; lane += count * width<T>) {
     V z[count][n], u[count][n], slope[count], high[count], low[count];
 #pragma GCC unroll 2
@@ -202,12 +201,12 @@ template <int n, Weight W, typename T>
       sort_falling(x);
       V sum = x[0].z - total;
       slope[v] = x[0].u;
-      high[v] = quotient(sum, slope[v]);
+      high[v] = over_slope<W>(sum, slope[v]);
 #pragma GCC unroll 8
       for (int k = 1; k < n; ++k) {
         sum += x[k].z;
         slope[v] += x[k].u;
-        high[v] = larger_of(high[v], quotient(sum, slope[v]));
+        high[v] = larger_of(high[v], over_slope<W>(sum, slope[v]));
       }
     }
 #pragma GCC unroll 2

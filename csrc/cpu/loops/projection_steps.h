@@ -155,6 +155,12 @@ CO_HD V lower_bound(V& x, V& weight, T total) {
     return projection_bound<weighted<W>>(x, weight, total);
 }
 
+// a / slope, a sum of u.
+template <Weight W, typename V>
+CO_HD V over_slope(V a, V slope) {
+  return W == Weight::given ? a / slope : a * reciprocal(slope);  // weights may be of any size
+}
+
 // What is left of x at lambda: y where it is positive. Turns a weight into u.
 template <Weight W, typename T>
 CO_HD Vector<T> rest_at(const Ascent<Vector<T>>& lambda, T total, Vector<T> x, Vector<T>& weight) {

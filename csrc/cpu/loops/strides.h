@@ -43,7 +43,6 @@ CO_HD void in_strides(int64_t n, const Before& before, const Stages&... stages) 
       at -= stride;
     };
     (run(stages), ...);
-    if (whole == 0) break;
   }
   const auto finish = [&](const auto& stage) CO_INLINE {
 #pragma GCC ivdep

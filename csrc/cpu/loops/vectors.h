@@ -50,12 +50,17 @@ CO_HD Vector<float> larger_of(Vector<float> a, Vector<float> b) { return Vector<
 CO_HD Vector<float> smaller_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_min_ps(a, b)); }
 #endif
 
-// 1 / v to a unit in the last place, for v whose reciprocal is a normal number; NaN for 0 and infinities, if not right.
+// 1 / v to a unit in the last place, the same in vectors of any width, for v whose reciprocal is a normal number; NaN
+// for 0 and infinities, if not right. With AVX-512 float takes a third of the time of a division.
 template <typename V>
 CO_HD V reciprocal(V v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64 && sizeof(v[0]) == sizeof(float)) {  // a third of the time that a division takes
-    const V rough = V(_mm512_rcp14_ps(__m512(v)));
+  if constexpr (sizeof(v[0]) == sizeof(float)) {
+    V rough;
+    if constexpr (sizeof(V) == 64)
+      rough = V(_mm512_rcp14_ps(__m512(v)));
+    else
+      rough = V(_mm256_rcp14_ps(__m256(v)));
     return rough + rough * (1 - v * rough);
   }
 #endif
