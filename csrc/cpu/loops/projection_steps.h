@@ -21,7 +21,7 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// y, one instruction where the largest of two numbers is.
+// y: projection_value in one instruction.
 template <typename V>
 CO_HD V value_of_rest(V rest) {
   return larger_of(rest, V{});
