@@ -14,7 +14,7 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t chunk = 512;
+constexpr int64_t chunk = loop_chunk;
 
 // Fills `buffer` from elements [start, start + n) of a strided operand, in the layout's order.
 template <typename Storage, typename T>

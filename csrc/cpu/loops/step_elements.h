@@ -15,7 +15,7 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t step_chunk = 512;
+constexpr int64_t step_chunk = loop_chunk;
 
 // A chunk of all operands; those that a kind has no use for are null.
 template <typename T>

@@ -11,13 +11,13 @@ namespace {
 
 constexpr int64_t stride = 32;  // numbers: several vectors of independent work for the compiler to interleave
 
-// Asks for the stride that comes so many numbers after i: a processor foresees what is read next only within a page,
-// and it has many operands to follow here.
+// Asks for the stride that comes a chunk after i: a processor foresees what is read next only within a page, and it has
+// many operands to follow here.
+constexpr int64_t loop_chunk = 512;
 template <typename... T>
 CO_HD void fetch_ahead(int64_t i, const T*... operands) {
-  constexpr int64_t distance = 512;
   const auto fetch = [i](const auto* operand) CO_INLINE {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(operand) + (i + distance) * sizeof(*operand);
+    const uintptr_t from = reinterpret_cast<uintptr_t>(operand) + (i + loop_chunk) * sizeof(*operand);
 #pragma GCC unroll 4
     for (uintptr_t line = 0; line < stride * sizeof(*operand); line += 64)
       __builtin_prefetch(reinterpret_cast<const void*>(from + line));
@@ -26,14 +26,14 @@ CO_HD void fetch_ahead(int64_t i, const T*... operands) {
 }
 
 // stage(i) for each of n numbers, each stage a stride behind the one before it: so a processor overlaps the divisions
-// of one with the multiplications of another, which in the same stride wait for each other. before(i) is called before
-// the first stage begins a stride.
-template <typename Before, typename... Stages>
-CO_HD void in_strides(int64_t n, const Before& before, const Stages&... stages) {
+// of one with the multiplications of another, which in the same stride wait for each other. A chunk that is whole has
+// another one after it, mostly: fetch(i) is called for each of its strides.
+template <typename Fetch, typename... Stages>
+CO_HD void in_strides(int64_t n, const Fetch& fetch, const Stages&... stages) {
   constexpr int64_t behind = sizeof...(stages) - 1;
   const int64_t whole = n / stride * stride;
   for (int64_t start = 0; start < whole + behind * stride; start += stride) {
-    before(start);
+    if (n >= loop_chunk) fetch(start);
     int64_t at = start;
     const auto run = [&](const auto& stage) CO_INLINE {
       if (at >= 0 && at < whole) {
