@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 
 #include "../operands.h"
 
@@ -101,6 +102,7 @@ struct ProjectionCall {
   const void* inputs[4];  // forward: x[, weight]; backward: grad_y, y[, weight[, x]]
   void* outputs[2];       // null: not wanted
   double total;
+  std::array<const void*, 4> ahead = {};  // what is read next, laid out as the rows are; or nulls
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 

@@ -29,12 +29,12 @@ void StepPlan::add(const StepSlot& slot) {
   groups_ = std::max(groups_, static_cast<size_t>(slot.group) + 1);
   const bool rows = step_along_rows(slot.kind);
   const int64_t units = slot.numel == 0 ? 0 : rows ? StepBlocks(slot.rows).count : slot.numel;
-  const int64_t per_task = rows ? 1 : elements_per_task;
+  const int64_t per_unit = rows ? slot.numel / std::max<int64_t>(1, units) : 1;
+  const int64_t per_task = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, per_unit));
   for (int64_t begin = 0; begin < units; begin += per_task) {
     const int64_t end = std::min(units, begin + per_task);
     tasks_.push_back({index, begin, end});
-    const int64_t elements = rows ? slot.numel / units : end - begin;
-    costs_.push_back(costs_.back() + task_cost + elements * cost_of(slot.kind) / 16);
+    costs_.push_back(costs_.back() + task_cost + (end - begin) * per_unit * cost_of(slot.kind) / 16);
   }
 }
 

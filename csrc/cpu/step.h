@@ -11,10 +11,10 @@
 
 namespace constrained_ops {
 
-// How a parameter whose constraint goes along rows is cut into blocks, which stay in a second-level cache while a step
-// passes them several times: a few whole outer indices, or a few neighbouring rows.
+// How a parameter whose constraint goes along rows is cut into blocks, which stay in a first-level cache while a step
+// passes them several times, or in a second-level one: a few whole outer indices, or a few neighbouring rows.
 struct StepBlocks {
-  static constexpr int64_t elements = 4096;
+  static constexpr int64_t elements = 1024, of_neighbours = 4096, shortest_alone = 256;
 
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;
@@ -23,13 +23,14 @@ struct StepBlocks {
     const auto [outer, length, inner] = layout;
     if (length * inner <= elements) {
       outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
-      if (inner == 1 && outers >= RowUnits::lanes) outers = outers / RowUnits::lanes * RowUnits::lanes;
+      if (inner == 1 && length < shortest_alone)  // whole tiles
+        outers = std::max(RowUnits::lanes, outers / RowUnits::lanes * RowUnits::lanes);
       count = (outer + outers - 1) / outers;
       return;
     }
     // A line of cache at least, unless that would be much memory.
-    const int64_t line = 16 * length <= 32 * elements ? 16 : 1;
-    lanes = std::min(inner, std::max(line, elements / length));
+    const int64_t line = 16 * length <= 32 * of_neighbours ? 16 : 1;
+    lanes = std::min(inner, std::max(line, of_neighbours / length));
     per_outer = (inner + lanes - 1) / lanes;
     count = outer * per_outer;
   }

@@ -93,6 +93,27 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
   }
 }
 
+// Of what is read next, as much as is projected now: so that it is on its way to the second-level cache meanwhile. Each
+// second line, since a processor fetches that one's neighbour, too.
+template <typename Storage>
+CO_HD void fetch_ahead(const ProjectionCall& call, int64_t first, int64_t n) {
+  for (const void* operand : call.ahead) {
+    const uintptr_t begin = reinterpret_cast<uintptr_t>(operand) + first * sizeof(Storage);
+    for (uintptr_t at = begin; at < begin + n * sizeof(Storage); at += 128)
+      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
+  }
+}
+
+template <int inputs, int outputs, typename Storage>
+CO_HD void fetch_next(const ProjectionCall& call, const RowUnits& units, const TileRows& rows, int64_t unit,
+                      int64_t end) {
+  if (call.ahead[0]) {
+    fetch_ahead<Storage>(call, rows.first, rows.count * rows.length);
+  } else if (unit + 1 < end) {
+    TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, inputs, call.outputs, outputs);
+  }
+}
+
 // Rows in tiles that are padded: to n numbers, the power of two next to `length`, or to whole blocks.
 template <int n, Weight W, typename Storage>
 void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
@@ -110,8 +131,7 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
     rows.load(static_cast<const Storage*>(call.inputs[0]), x);
     std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
     if (weighted<W>) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
-    if (unit + 1 < end)
-      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, 1 + weighted<W>, call.outputs, 1);
+    fetch_next<1 + weighted<W>, 1, Storage>(call, units, rows, unit, end);
     if constexpr (weighted<W>)
       project_sorted<n, W>(x, weight, T(call.total));
     else if (length <= n)
@@ -181,8 +201,10 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
     if (call.layout.inner == 1 && length >= shortest_side_by_side<W>) {
       if constexpr (W != Weight::inverse) return run_side_by_side<W, Storage>(call, begin, end);
       SingleRows<Storage, Rows> rows(call);  // a step leaves most of its rows in the support
-      for (int64_t row = begin * units.lanes; row < std::min(end * units.lanes, call.layout.outer); ++row)
+      for (int64_t row = begin * units.lanes; row < std::min(end * units.lanes, call.layout.outer); ++row) {
+        if (call.ahead[0]) fetch_ahead<Storage>(call, row * length, length);
         rows.run(row * length);
+      }
       return;
     }
     if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
@@ -196,8 +218,7 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
-    if (unit + 1 < end)
-      TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, Rows::inputs, call.outputs, Rows::outputs);
+    fetch_next<Rows::inputs, Rows::outputs, Storage>(call, units, rows, unit, end);
     Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
     for (int i = 0; i < Rows::outputs; ++i)
       if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));

@@ -57,6 +57,28 @@ template <typename V, int n>
 CO_HD void sort_falling(V (&z)[n]) {
   sort_falling(z, std::make_index_sequence<SortingNetwork<n>::size>());
 }
+template <typename V, int n, int count>
+CO_HD void sort_pair(V (&z)[count][n], int a, int b) {
+#pragma GCC unroll 2
+  for (int v = 0; v < count; ++v) put_larger_first(z[v][a], z[v][b]);
+}
+template <typename V, int n, int count, size_t... pair>
+CO_HD void sort_each(V (&z)[count][n], std::index_sequence<pair...>) {
+  (sort_pair(z, SortingNetwork<n>::pairs[pair].first, SortingNetwork<n>::pairs[pair].second), ...);
+}
+template <typename V, int n, int count>
+CO_HD void sort_each(V (&z)[count][n]) {
+  sort_each(z, std::make_index_sequence<SortingNetwork<n>::size>());
+}
+
+// The largest of n vectors, by halves: no comparison waits for more than log2 n others.
+template <int n, typename V>
+CO_HD V largest_of(const V* z) {
+  if constexpr (n == 1)
+    return z[0];
+  else
+    return larger_of(largest_of<n / 2>(z), largest_of<n / 2>(z + n / 2));
+}
 
 // z becomes the larger half of it and `other`, both falling.
 template <typename V, int n>
@@ -166,8 +188,8 @@ struct WeightedElement {
 template <typename V>
 CO_HD void put_larger_first(WeightedElement<V>& a, WeightedElement<V>& b) {
   const auto swap = b.c > a.c;
-  const WeightedElement<V> first = {swap ? b.z : a.z, swap ? b.u : a.u, swap ? b.c : a.c};
-  b = {swap ? a.z : b.z, swap ? a.u : b.u, swap ? a.c : b.c};
+  const WeightedElement<V> first = {swap ? b.z : a.z, swap ? b.u : a.u, larger_of(a.c, b.c)};
+  b = {swap ? a.z : b.z, swap ? a.u : b.u, smaller_of(a.c, b.c)};
   a = first;
 }
 
@@ -177,55 +199,64 @@ template <int n, Weight W, typename T>
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr int count = vectors_at_once<n, W>;
+  const auto each = [](const auto& body) CO_INLINE {
+#pragma GCC unroll 2
+    for (int v = 0; v < count; ++v) body(v);
+  };
   for (int64_t lane = 0; lane < lanes; lane += count * width<T>) {
-    V z[count][n], u[count][n], slope[count], high[count], low[count];
-#pragma GCC unroll 2
-    for (int v = 0; v < count; ++v) {
-      const int64_t at = lane + v * width<T>;
-      V inverse[n], bound = V{} + padding<T>;
+    V z[count][n], u[count][n], roots[count][n], anchor[count], sum[count], slope[count], high[count], low[count];
+    WeightedElement<V> x[count][n];
+    const auto at = [=](int v, int k) CO_INLINE { return lane + v * width<T> + k * lanes; };
 #pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) {
-        z[v][k] = load(tile + at + k * lanes);
-        u[v][k] = load(weight + at + k * lanes);
-        inverse[k] = W == Weight::inverse ? reciprocal(u[v][k]) : u[v][k];
-        const V of_k = W == Weight::inverse ? (z[v][k] - total) * inverse[k] : lower_bound<W>(z[v][k], u[v][k], total);
-        bound = larger_of(bound, of_k);
-      }
-      const V anchor = Ascent<V>::template from<true>(bound, total).anchor;
-      WeightedElement<V> x[n];
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) {
-        z[v][k] = projection_anchored<true>(z[v][k], u[v][k], anchor);
-        x[k] = {z[v][k], u[v][k], z[v][k] * inverse[k]};
-      }
-      sort_falling(x);
-      V sum = x[0].z - total;
-      slope[v] = x[0].u;
-      high[v] = over_slope<W>(sum, slope[v]);
-#pragma GCC unroll 8
-      for (int k = 1; k < n; ++k) {
-        sum += x[k].z;
-        slope[v] += x[k].u;
-        high[v] = larger_of(high[v], over_slope<W>(sum, slope[v]));
-      }
+    for (int k = 0; k < n; ++k) {
+      each([&](int v) CO_INLINE {
+        z[v][k] = load(tile + at(v, k));
+        u[v][k] = load(weight + at(v, k));
+        const V inverse = W == Weight::inverse ? reciprocal(u[v][k]) : u[v][k];
+        roots[v][k] = W == Weight::inverse ? (z[v][k] - total) * inverse : lower_bound<W>(z[v][k], u[v][k], total);
+        x[v][k] = {z[v][k], u[v][k], inverse};
+      });
     }
-#pragma GCC unroll 2
-    for (int v = 0; v < count; ++v) {
+    each([&](int v) CO_INLINE { anchor[v] = Ascent<V>::template from<true>(largest_of<n>(roots[v]), total).anchor; });
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+      each([&](int v) CO_INLINE {
+        z[v][k] = projection_anchored<true>(z[v][k], u[v][k], anchor[v]);
+        x[v][k] = {z[v][k], u[v][k], z[v][k] * x[v][k].c};
+      });
+    }
+    sort_each(x);
+    // Of public weights, which may be of any size, c may not be finite; for others z need not be sorted, too.
+    const auto z_of = [](const auto& e) CO_INLINE { return W == Weight::inverse ? e.c * e.u : e.z; };
+    each([&](int v) CO_INLINE { sum[v] = V{} - total, slope[v] = V{}; });
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k) {
+      each([&](int v) CO_INLINE {
+        sum[v] += z_of(x[v][k]);
+        slope[v] += x[v][k].u;
+        roots[v][k] = over_slope<W>(sum[v], slope[v]);
+      });
+    }
+    each([&](int v) CO_INLINE { high[v] = largest_of<n>(roots[v]); });
+    each([&](int v) CO_INLINE {
 #pragma GCC unroll 8
       for (int k = 0; k < n; ++k) z[v][k] -= high[v] * u[v][k];
       low[v] = root_correction<W>(total, z[v], u[v]);
-    }
-#pragma GCC unroll 2
-    for (int v = 0; v < count; ++v) {
-      T* const column = tile + lane + v * width<T>;
+    });
+    const auto off = [&](int v) CO_INLINE {
       const V moved = (low[v] < V{} ? -low[v] : low[v]) * slope[v];
-      if (const auto off = ~(moved <= 8 * total) & (high[v] == high[v]); any(off)) {
-        climb_from<W>(z[v], weight + lane + v * width<T>, total, off);
-        low[v] = off ? V{} : low[v];
-      }
-#pragma GCC unroll 8
-      for (int k = 0; k < n; ++k) store(column + k * lanes, value_of_rest(z[v][k] - low[v] * u[v][k]));
+      return ~(moved <= 8 * total) & (high[v] == high[v]);
+    };
+    if (any(off(0) | off(count - 1))) {
+      each([&](int v) CO_INLINE {
+        const auto rows = off(v);
+        climb_from<W>(z[v], weight + at(v, 0), total, rows);
+        low[v] = rows ? V{} : low[v];
+      });
     }
+#pragma GCC unroll 8
+    for (int k = 0; k < n; ++k)
+      each([&](int v) CO_INLINE { store(tile + at(v, k), value_of_rest(z[v][k] - low[v] * u[v][k])); });
   }
 }
 

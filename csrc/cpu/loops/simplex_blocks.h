@@ -22,7 +22,7 @@ constexpr int vector_lanes = block_vector_bytes / sizeof(T);
 struct Larger {
   template <typename V>
   CO_HD V operator()(V a, V b) const {
-    return a > b ? a : b;
+    return larger_of(b, a);
   }
 };
 struct Plus {

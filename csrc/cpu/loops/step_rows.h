@@ -238,15 +238,15 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
     const StepBlock block(slot.rows, blocks, index);
     const int64_t units = projection_units(block.local, true).count, n = block.numel();
     Storage* param = static_cast<Storage*>(slot.param);
+    State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
+          *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
     const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
     T *x = block.open(param, scratch.at(1)), *y = scratch.at(7);  // a projection does not work in place
+    ProjectionCall call{block.local, {y}, {x}, slot.total};
     if (numbers.euclidean) {
       std::copy_n(x, n, y);
       step_block<State>(slot, adam, block, grad, y);
-      project(ProjectionCall{block.local, {y}, {x}, slot.total}, 0, units);
     } else {
-      State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
-            *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
       T *m = block.open(exp_avg, scratch.at(2)), *v = block.open(exp_avg_sq, scratch.at(3)),
         *largest_v = max_exp_avg_sq ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr, *d = scratch.at(5);
       metric(adam, n, grad, x, m, v, largest_v, d);
@@ -254,8 +254,12 @@ void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& nu
       block.close(exp_avg, m);
       block.close(exp_avg_sq, v);
       if (max_exp_avg_sq) block.close(max_exp_avg_sq, largest_v);
-      project(ProjectionCall{block.local, {y, d}, {x}, slot.total}, 0, units);
+      call.inputs[1] = d;
+      // The next block meanwhile, unless that is more at a time than a processor has places for.
+      if (n <= StepBlocks::elements && block.in_place<Storage, T>() && block.in_place<State, T>())
+        call.ahead = {grad + n, x + n, m + n, v + n};
     }
+    project(call, 0, units);
     block.close(param, x);
   }
 }

@@ -46,6 +46,12 @@ struct TileRows {
 
   TileRows(const RowLayout& layout, const RowUnits& units, int64_t unit)
       : length(layout.length), inner(layout.inner), numel(layout.outer * layout.length * layout.inner) {
+    if (inner == 1) {  // without a division, which is as much as some of a tile's rows take
+      first = unit * units.lanes * length;
+      count = std::min(units.lanes, layout.outer - unit * units.lanes);
+      first_run = 1;
+      return;
+    }
     const int64_t rows = units.per_outer != 0 ? inner : layout.outer * inner;
     const int64_t row = units.per_outer != 0 ? unit % units.per_outer * units.lanes : unit * units.lanes;
     const int64_t outer = units.per_outer != 0 ? unit / units.per_outer : row / inner;
@@ -75,9 +81,9 @@ struct TileRows {
   }
 
   // Rows that follow each other are read in as many places at once as a tile has lanes, too many for the processor to
-  // foresee what comes next.
+  // foresee what comes next. Inlined: a compiler drops a call that does nothing but fetch.
   template <typename Storage>
-  void prefetch(const void* const* in, int inputs, void* const* out, int outputs) const {
+  CO_HD void prefetch(const void* const* in, int inputs, void* const* out, int outputs) const {
     if (inner != 1) return;
     const int64_t begin = first * sizeof(Storage), end = begin + count * length * sizeof(Storage);
     for (int i = 0; i < inputs; ++i)

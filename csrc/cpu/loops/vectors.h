@@ -39,16 +39,18 @@ CO_HD void store(T* p, Vector<T> v) {
 // An instruction each, which the compiler does not find in vectors of AVX-512.
 template <typename V>
 CO_HD V larger_of(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (requires { _mm512_max_ps(b, a); }) return V(_mm512_max_ps(b, a));
+#endif
   return b > a ? b : a;
 }
 template <typename V>
 CO_HD V smaller_of(V a, V b) {
+#if defined(__AVX512F__)
+  if constexpr (requires { _mm512_min_ps(a, b); }) return V(_mm512_min_ps(a, b));
+#endif
   return b > a ? a : b;
 }
-#if defined(__AVX512F__)
-CO_HD Vector<float> larger_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_max_ps(b, a)); }
-CO_HD Vector<float> smaller_of(Vector<float> a, Vector<float> b) { return Vector<float>(_mm512_min_ps(a, b)); }
-#endif
 
 // 1 / v to a unit in the last place, the same in vectors of any width, for v whose reciprocal is a normal number; NaN
 // for 0 and infinities, if not right. With AVX-512 float takes a third of the time of a division.
