@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "cpu/levels.h"
+#include "cpu/pages.h"
 #include "cpu/step.h"
 
 namespace py = pybind11;
@@ -109,6 +110,10 @@ PYBIND11_MODULE(_C, m) {
 
   define_direct(m);
 
+  m.def(
+      "ask_for_huge_pages",
+      [](uintptr_t address, uintptr_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
+      py::arg("address"), py::arg("bytes"));
   m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));
 

@@ -17,6 +17,7 @@ from .. import _checks, _library
 from .._constraints import Record, SimplexOf, interpret
 from .._library import compute_dtype
 from . import _many
+from ._memory import laid_out, zeros_like
 from ._plans import Hyper, Prepared, Slot, plan_class, same_values
 from ._sharding import is_sharded, like, local, local_grad, shard
 
@@ -205,13 +206,13 @@ class ConstrainedAdam(Optimizer):
         state = self.state[p]
         state["step"] = _step_counter(group, p, state.get("step"))
         for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
-            state[name] = _laid_out(p, state[name], dtype) if name in state else torch.zeros_like(p, dtype=dtype)
+            state[name] = laid_out(p, state[name], dtype) if name in state else zeros_like(p, dtype)
         if raw is not None:
-            state["raw"] = like(p, _laid_out(local(p), raw, compute_dtype(p.dtype)))
+            state["raw"] = like(p, laid_out(local(p), raw, compute_dtype(p.dtype)))
         elif record is None or not self._reparametrized:
             state.pop("raw", None)
         else:
-            state["raw"] = _laid_out(p, state["raw"], compute_dtype(p.dtype))
+            state["raw"] = laid_out(p, state["raw"], compute_dtype(p.dtype))
         parts = {name: local(state[name]) for name in (*MOMENTS, "raw") if name in state}
         return Slot(
             param=local(p),
@@ -444,11 +445,3 @@ def _step_counter(group: dict[str, Any], p: Tensor, value: Any) -> Tensor:
     if isinstance(value, Tensor) and value.dtype == torch.float32 and value.device == device:
         return value
     return torch.as_tensor(value, dtype=torch.float32, device=device)
-
-
-def _laid_out(p: Tensor, value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``value`` in ``dtype``, on p's device and in memory as ``torch.empty_like(p)``; itself if it is so already."""
-    stride = torch.empty_like(local(p), device="meta").stride()
-    if value.dtype == dtype and value.device == p.device and local(value).stride() == stride:
-        return value
-    return torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(value)

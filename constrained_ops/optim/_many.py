@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .._constraints import Record, SimplexOf
 from .._library import compute_dtype
+from ._memory import fresh
 
 TOGETHER = 2**18  # elements of a batch; or one row, if that is longer
 
@@ -141,6 +142,6 @@ def _empty_raw(record: Record | None, x: Tensor) -> Tensor:
     dtype = compute_dtype(x.dtype)
     dim = _dim(record)
     if dim is None or x.dim() < 2:
-        return torch.empty(x.shape, dtype=dtype, device=x.device)
+        return fresh(torch.empty(x.shape, dtype=dtype, device=x.device))
     shape = (*x.shape[:dim], *x.shape[dim + 1 :], x.shape[dim])
-    return torch.empty(shape, dtype=dtype, device=x.device).movedim(-1, dim)
+    return fresh(torch.empty(shape, dtype=dtype, device=x.device)).movedim(-1, dim)
