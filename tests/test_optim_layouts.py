@@ -13,7 +13,7 @@ from torch.distributions import constraints
 from torch.nn import Parameter
 
 import constrained_ops as co
-from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
+from constrained_ops.optim import ProjectedAdam
 
 pytestmark = pytest.mark.usefixtures("backend")
 
@@ -114,27 +114,6 @@ def test_a_row_goes_where_it_would_go_alone(length: int) -> None:
         ours.step()
         theirs.step()
     assert torch.equal(together, torch.cat(list(rows)))
-
-
-@pytest.mark.parametrize("constraint", [constraints.interval(-1.0, 2.0), constraints.greater_than(0.5)], ids=repr)
-def test_more_than_a_cache_goes_where_its_parts_go(backend: str, constraint: Any) -> None:
-    if backend != "cpu":
-        pytest.skip("of the CPU's loops, which write past the caches what is large")
-    task, n = 2**14, 13 * 2**19 + 37
-    memory, spans = torch.full((n + 5,), 7.0), [(0, 200 * task), (200 * task, n)]
-    value = noise(n).sigmoid() + 0.6
-    whole = Parameter(memory[1:-4].copy_(value))  # begins and ends within a vector
-    parts = [Parameter(value[a:b].clone()) for a, b in spans]
-    optimizers = [ReparametrizedAdam([p], lr=1e-2, constraint=constraint) for p in (whole, *parts)]
-    for _ in range(2):
-        whole.grad = noise(n)
-        for part, (a, b) in zip(parts, spans, strict=True):
-            part.grad = whole.grad[a:b].clone()
-        for optimizer in optimizers:
-            optimizer.step()
-    assert torch.equal(whole, torch.cat(list(parts)))
-    assert memory[0] == 7
-    assert (memory[-4:] == 7).all()
 
 
 def test_scalars_are_parameters_too() -> None:

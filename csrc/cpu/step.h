@@ -40,7 +40,6 @@ struct StepBlocks {
 struct StepNumbers {
   Adam<double> adam;
   bool euclidean;
-  bool beyond_cache;  // nothing that a step writes would be there still when it is read next
 };
 
 class StepPlan {
@@ -66,7 +65,6 @@ class StepPlan {
 
   StepLoop loop_;
   size_t groups_ = 0;
-  int64_t elements_ = 0;  // of all slots
   std::vector<StepSlot> slots_;
   std::vector<Task> tasks_;
   std::vector<int64_t> costs_{0};     // of all tasks before each

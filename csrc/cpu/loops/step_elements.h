@@ -11,7 +11,6 @@
 #include "../step.h"
 #include "elementwise.h"
 #include "strides.h"
-#include "vectors.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -161,7 +160,6 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
   using T = compute_t<Storage>;
   constexpr bool converts = !std::is_same_v<Storage, T>;
   const bool each = step_by_element(slot.kind), on_raw = step_on_raw(slot.kind), amsgrad = slot.max_exp_avg_sq;
-  const bool streams = numbers.beyond_cache && on_raw && !converts;  // x is only written
   const auto adam = numbers.adam.as<T>();
   const auto scalars = bounds_of_scalars<Storage>(slot.lower, slot.upper);
   alignas(64) T buffers[converts ? 5 : 1][step_chunk];
@@ -179,7 +177,7 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
           *largest_v = advanced<State>(slot.max_exp_avg_sq, start);
     const auto buffer = [&](int i) { return buffers[converts ? i : 0]; };
     const StepChunk<T> at{opened(grad, n, buffer(0)),
-                          streams ? buffer(1) : opened(x, n, buffer(1), !on_raw),
+                          opened(x, n, buffer(1), !on_raw),
                           advanced<T>(slot.raw, start),
                           opened(m, n, buffer(2)),
                           opened(v, n, buffer(3)),
@@ -189,14 +187,11 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
     if (slot.kind == StepKind::bounded_by_element)
       loop = pick_step<Storage>(slot.kind, amsgrad, all_finite(at.lower, at.upper, n));
     loop(adam, scalars, n, at);
-    if constexpr (!converts)
-      if (streams) stream(at.x, n, x);
     closed(x, n, at.x);
     closed(m, n, at.m);
     closed(v, n, at.v);
     closed(largest_v, n, at.largest_v);
   }
-  if (streams) finish_streams();
 }
 
 }  // namespace

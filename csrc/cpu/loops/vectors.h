@@ -1,11 +1,10 @@
 // Vectors as wide as the instruction set has them.
 #pragma once
 
-#if defined(__x86_64__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
 #endif
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 
@@ -35,35 +34,6 @@ CO_HD Vector<T> load(const T* p) {
 template <typename T>
 CO_HD void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof(v));
-}
-
-// Copies n numbers past the caches, where a processor can: it need not read the lines that it is going to overwrite.
-// Others may read them after finish_streams().
-template <typename T>
-void stream(const T* from, int64_t n, T* to) {
-#if defined(__x86_64__)
-  const auto off = static_cast<int64_t>(reinterpret_cast<uintptr_t>(to) % vector_bytes / sizeof(T));
-  const int64_t head = off ? std::min(n, width<T> - off) : 0, tail = head + (n - head) / width<T> * width<T>;
-  std::copy(from, from + head, to);
-  for (int64_t i = head; i < tail; i += width<T>) {
-#if defined(__AVX512F__)
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), _mm512_loadu_si512(from + i));
-#elif defined(__AVX__)
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i),
-                        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)));
-#else
-    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-#endif
-  }
-  std::copy(from + tail, from + n, to + tail);
-#else
-  std::copy(from, from + n, to);
-#endif
-}
-inline void finish_streams() {
-#if defined(__x86_64__)
-  _mm_sfence();
-#endif
 }
 
 // An instruction each, which the compiler does not find in vectors of AVX-512.
