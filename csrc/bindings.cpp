@@ -113,7 +113,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "ask_for_huge_pages",
       [](uintptr_t address, uintptr_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
-      py::arg("address"), py::arg("bytes"));
+      py::arg("address"), py::arg("bytes"), "For fresh memory, before it is first written.");
   m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));
 

@@ -94,6 +94,9 @@ inline RowUnits projection_units(const RowLayout& layout, bool forward) {
   return {layout, layout.inner > 1 ? 1024 : forward ? 1024 : 32};
 }
 
+// Rows from this length on that are mostly near their largest number are projected one by one.
+constexpr int64_t shortest_alone = 256;
+
 // forward_inverse: with the inverses of weights, of float and double.
 enum class Projection { forward, forward_weighted, forward_inverse, backward, backward_weighted, backward_to_weight };
 

@@ -14,7 +14,7 @@ namespace constrained_ops {
 // How a parameter whose constraint goes along rows is cut into blocks, which stay in a first-level cache while a step
 // passes them several times, or in a second-level one: a few whole outer indices, or a few neighbouring rows.
 struct StepBlocks {
-  static constexpr int64_t elements = 1024, of_neighbours = 4096, shortest_alone = 256;
+  static constexpr int64_t elements = 1024, of_neighbours = 4096;
 
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;

@@ -56,7 +56,7 @@ struct BackwardRows {
 };
 
 template <Weight W>
-constexpr int64_t shortest_side_by_side = W == Weight::given ? 48 : 256;
+constexpr int64_t shortest_side_by_side = W == Weight::given ? 48 : shortest_alone;
 
 // Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
 // converted.

@@ -140,7 +140,6 @@ class RowsProjection {
 
  private:
   static constexpr int operands = 1 + weighted<W>;
-  static constexpr int64_t shortest_alone = 256;  // of rows that are mostly near their largest: those go one by one
 
   T* kept(int operand) { return memory_.get() + operand * lanes * stride_; }
   T* tile(int operand) { return memory_.get() + (operands + operand) * lanes * stride_; }

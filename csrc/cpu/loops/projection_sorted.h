@@ -49,26 +49,18 @@ CO_HD void put_larger_first(V& a, V& b) {
   b = smaller;
 }
 
-template <typename V, int n, size_t... pair>
-CO_HD void sort_falling(V (&z)[n], std::index_sequence<pair...>) {
-  (put_larger_first(z[SortingNetwork<n>::pairs[pair].first], z[SortingNetwork<n>::pairs[pair].second]), ...);
-}
-template <typename V, int n>
-CO_HD void sort_falling(V (&z)[n]) {
-  sort_falling(z, std::make_index_sequence<SortingNetwork<n>::size>());
-}
-template <typename V, int n, int count>
-CO_HD void sort_pair(V (&z)[count][n], int a, int b) {
+// Rows of n elements each, in turns.
+template <typename E, int count, int n, size_t... pair>
+CO_HD void sort_falling(E (&z)[count][n], std::index_sequence<pair...>) {
+  const auto compare = [&](std::pair<int, int> at) CO_INLINE {
 #pragma GCC unroll 2
-  for (int v = 0; v < count; ++v) put_larger_first(z[v][a], z[v][b]);
+    for (int v = 0; v < count; ++v) put_larger_first(z[v][at.first], z[v][at.second]);
+  };
+  (compare(SortingNetwork<n>::pairs[pair]), ...);
 }
-template <typename V, int n, int count, size_t... pair>
-CO_HD void sort_each(V (&z)[count][n], std::index_sequence<pair...>) {
-  (sort_pair(z, SortingNetwork<n>::pairs[pair].first, SortingNetwork<n>::pairs[pair].second), ...);
-}
-template <typename V, int n, int count>
-CO_HD void sort_each(V (&z)[count][n]) {
-  sort_each(z, std::make_index_sequence<SortingNetwork<n>::size>());
+template <typename E, int count, int n>
+CO_HD void sort_falling(E (&z)[count][n]) {
+  sort_falling(z, std::make_index_sequence<SortingNetwork<n>::size>());
 }
 
 // The largest of n vectors, by halves: no comparison waits for more than log2 n others.
@@ -142,8 +134,8 @@ template <int n, typename T>
     for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[v][k] = load(place(v, k));
-      sort_falling(x[v]);
     }
+    sort_falling(x);
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) {
       top[v] = x[v][0];
@@ -225,7 +217,7 @@ template <int n, Weight W, typename T>
         x[v][k] = {z[v][k], u[v][k], z[v][k] * x[v][k].c};
       });
     }
-    sort_each(x);
+    sort_falling(x);
     // Of public weights, which may be of any size, c may not be finite; for others z need not be sorted, too.
     const auto z_of = [](const auto& e) CO_INLINE { return W == Weight::inverse ? e.c * e.u : e.z; };
     each([&](int v) CO_INLINE { sum[v] = V{} - total, slope[v] = V{}; });
@@ -268,17 +260,18 @@ template <typename T>
   for (T* columns = tile; columns < tile + lanes; columns += group<T>) {
     Ascent<V> at[2];
     for (int v = 0; v < 2; ++v) {
-      const auto read = [=](int64_t block, V(&x)[sorted_block]) CO_INLINE {
+      const auto read = [=](int64_t block, V(&x)[1][sorted_block]) CO_INLINE {
 #pragma GCC unroll 8
-        for (int k = 0; k < sorted_block; ++k) x[k] = load(columns + v * width<T> + (block + k) * lanes);
+        for (int k = 0; k < sorted_block; ++k) x[0][k] = load(columns + v * width<T> + (block + k) * lanes);
         sort_falling(x);
       };
-      V x[sorted_block], more[sorted_block];
-      read(0, x);
+      V all[1][sorted_block], more[1][sorted_block];
+      read(0, all);
       for (int64_t block = sorted_block; block < length; block += sorted_block) {
         read(block, more);
-        merge_larger(x, more);
+        merge_larger(all[0], more[0]);
       }
+      const V(&x)[sorted_block] = all[0];
       const V top = x[0], high = root_of_largest(x, top, total);
       V rest[sorted_block];
 #pragma GCC unroll 8
