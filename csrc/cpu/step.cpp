@@ -8,7 +8,7 @@
 namespace constrained_ops {
 namespace {
 
-constexpr int64_t elements_per_task = 16384;
+constexpr int64_t elements_per_task = 16384, elements_in_rows_per_task = 4096;
 
 // In about nanoseconds, to share work out evenly: of a task, and of 16 elements.
 constexpr int64_t task_cost = 60;
@@ -30,7 +30,8 @@ void StepPlan::add(const StepSlot& slot) {
   const bool rows = step_along_rows(slot.kind);
   const int64_t units = slot.numel == 0 ? 0 : rows ? StepBlocks(slot.rows).count : slot.numel;
   const int64_t per_unit = rows ? slot.numel / std::max<int64_t>(1, units) : 1;
-  const int64_t per_task = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, per_unit));
+  const int64_t elements = rows ? elements_in_rows_per_task : elements_per_task;
+  const int64_t per_task = std::max<int64_t>(1, elements / std::max<int64_t>(1, per_unit));
   for (int64_t begin = 0; begin < units; begin += per_task) {
     const int64_t end = std::min(units, begin + per_task);
     tasks_.push_back({index, begin, end});
