@@ -2,7 +2,6 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 
 #include "../operands.h"
 
@@ -97,15 +96,13 @@ inline RowUnits projection_units(const RowLayout& layout, bool forward) {
 // Rows from this length on that are mostly near their largest number are projected one by one.
 constexpr int64_t shortest_alone = 256;
 
-// forward_inverse: with the inverses of weights, of float and double.
-enum class Projection { forward, forward_weighted, forward_inverse, backward, backward_weighted, backward_to_weight };
+enum class Projection { forward, forward_weighted, backward, backward_weighted, backward_to_weight };
 
 struct ProjectionCall {
   RowLayout layout;
   const void* inputs[4];  // forward: x[, weight]; backward: grad_y, y[, weight[, x]]
   void* outputs[2];       // null: not wanted
   double total;
-  std::array<const void*, 4> ahead = {};  // what is read next, laid out as the rows are; or nulls
 };
 using ProjectionLoop = void (*)(const ProjectionCall& call, int64_t begin, int64_t end);  // units as for RowLoop
 

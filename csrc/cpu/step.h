@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <vector>
 
@@ -19,12 +20,13 @@ struct StepBlocks {
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;
 
-  explicit StepBlocks(const RowLayout& layout) : lanes(layout.inner) {
+  // Rows that follow each other are as many as a power of two, and from `alone` on fill no whole tile.
+  explicit StepBlocks(const RowLayout& layout, int64_t alone = shortest_alone) : lanes(layout.inner) {
     const auto [outer, length, inner] = layout;
     if (length * inner <= elements) {
-      outers = std::max<int64_t>(1, elements / std::max<int64_t>(1, length * inner));
-      if (inner == 1 && length < shortest_alone)  // whole tiles
-        outers = std::max(RowUnits::lanes, outers / RowUnits::lanes * RowUnits::lanes);
+      outers = elements / std::max<int64_t>(1, length * inner);
+      if (inner == 1) outers = std::bit_floor(static_cast<uint64_t>(outers));
+      if (inner == 1 && length < alone) outers = std::max(RowUnits::lanes, outers);
       count = (outer + outers - 1) / outers;
       return;
     }

@@ -162,7 +162,7 @@ __device__ __forceinline__ void step_elements(const StepSlot& slot, const Storag
       T grad = g[i] * adam.grad_factor;
       if constexpr (Hook::on_raw) grad *= derivative(Hook{}, x[i], bounds);
       const T d = metric(adam, largest_sq != nullptr, grad, x[i], moments);
-      x[i] = adam_target(adam, x[i], moments.m, d);
+      x[i] = adam_target(adam, x[i], moments.m / d);
       g[i] = finish(Hook{}, x[i], bounds);
       m[i] = moments.m;
       v[i] = moments.v;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void step_simplex(const StepSlot& slot, const Storage
     // Where Adam goes and the metric of the projection.
     const auto target = [&](T x, T d, T m, T(&values)[2][1]) {
       const T floored = larger_or_nan(d, floor);
-      values[0][0] = adam_target(adam, x, m, floored);
+      values[0][0] = adam_target(adam, x, m / floored);
       values[1][0] = euclidean ? T(1) : floored;
     };
     row.for_own(group, [&](int64_t at, int own) {
@@ -349,7 +349,7 @@ __device__ __forceinline__ void step_softmax(const StepSlot& slot, const Storage
       backward.finish(before[0], Backward::Extra::none(), values);
       Moments<T> moments;
       const T d = memory.metric_at(at, adam, values[0][0], raw, moments);
-      T y[1][1] = {{adam_target(adam, raw, moments.m, d)}};
+      T y[1][1] = {{adam_target(adam, raw, moments.m / d)}};
       memory.write_moments(at, moments);
       store(memory.raw + at, y[0][0]);
       forward.add(after[0], y);

@@ -58,21 +58,26 @@ CO_HD T adam_larger(T a, T b) {
   return (b > a) | (b != b) ? b : a;
 }
 
-// Moments and metric d after a gradient g at x; g after its transform's derivative.
+// Moments after a gradient g at x; g after its transform's derivative. Returns that v of which the metric is made.
 template <bool amsgrad, typename T>
-CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
+CO_HD T adam_moments(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
   g += adam.weight_decay == T(0) ? T(0) : adam.weight_decay * x;  // x may be infinite
   moments.m += adam.beta1_rest * (g - moments.m);
   moments.v = adam.beta2 * moments.v + adam.beta2_rest * g * g;
   if constexpr (amsgrad) moments.largest_v = adam_larger(moments.largest_v, moments.v);
-  const T v = amsgrad ? moments.largest_v : moments.v;
-  return std::sqrt(v) * adam.root_scale + adam.eps;
+  return amsgrad ? moments.largest_v : moments.v;
 }
 
-// Where Adam goes from x in the metric d, before a projection.
-template <typename T>
-CO_HD T adam_target(const Adam<T>& adam, T x, T m, T d) {
-  return x * adam.decay - adam.step_size * (m / d);
+// The same; returns the metric d.
+template <bool amsgrad, typename T>
+CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
+  return std::sqrt(adam_moments<amsgrad>(adam, g, x, moments)) * adam.root_scale + adam.eps;
+}
+
+// Where Adam goes from x in `direction` m / d, before a projection. V is T, or a vector of it.
+template <typename V, typename T>
+CO_HD V adam_target(const Adam<T>& adam, V x, V direction) {
+  return x * adam.decay - adam.step_size * direction;
 }
 
 // On a simplex no d is less than this share of its row's largest: a coordinate that has never seen a gradient would

@@ -51,7 +51,7 @@ CO_HD T step_element(const Adam<T>& adam, const Bounds<T>& bounds, T grad, T& y,
   T g = grad * adam.grad_factor;
   if constexpr (Hook::on_raw) g *= derivative(Hook{}, y, bounds);
   const T d = adam_metric<amsgrad>(adam, g, y, moments);
-  y = adam_target(adam, y, moments.m, d);
+  y = adam_target(adam, y, moments.m / d);
   return finish(Hook{}, y, bounds);
 }
 

@@ -12,20 +12,20 @@ namespace {
 
 // The kernels as types, for a template argument each, on operands of the compute type; inputs and outputs in the order
 // of ProjectionCall. Results may take their inputs' place: output i that of input `place[i]`.
-template <Weight W>
+template <bool weighted>
 struct ForwardRows {
   static constexpr bool forward = true;
-  static constexpr Weight weight = W;
-  static constexpr int inputs = 1 + weighted<W>, outputs = 1;
+  static constexpr bool is_weighted = weighted;
+  static constexpr int inputs = 1 + weighted, outputs = 1;
   static constexpr int place[] = {0};
   template <typename T>
   static void row(int64_t length, const T* const* in, T* const* out, T total, ProjectionScratch& scratch) {
-    project_row<W>(length, in[0], weighted<W> ? in[inputs - 1] : nullptr, out[0], total, scratch);
+    project_row<weighted>(length, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
   }
   template <typename T>
   static void columns(int64_t length, int64_t stride, const T* const* in, T* const* out, T total,
                       ProjectionScratch& scratch) {
-    project_columns<W>(length, stride, in[0], weighted<W> ? in[inputs - 1] : nullptr, out[0], total, scratch);
+    project_columns<weighted>(length, stride, in[0], weighted ? in[inputs - 1] : nullptr, out[0], total, scratch);
   }
 };
 
@@ -55,24 +55,24 @@ struct BackwardRows {
   }
 };
 
-template <Weight W>
-constexpr int64_t shortest_side_by_side = W == Weight::given ? 48 : shortest_alone;
+template <bool weighted>
+constexpr int64_t shortest_side_by_side = weighted ? 48 : shortest_alone;
 
 // Rows that follow each other, as many at once as a tile has lanes. Others than those of the compute type are
 // converted.
 
-template <Weight W, typename Storage>
+template <bool weighted, typename Storage>
 void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr bool converted = !std::is_same_v<Storage, T>;
   const int64_t length = call.layout.length;
-  RowsProjection<W, T> project(length);
+  RowsProjection<weighted, T> project(length);
   const std::unique_ptr<T[]> memory(new T[converted ? 3 * lanes * length : 0]);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t row = unit * lanes, rows = std::min(lanes, call.layout.outer - row), n = rows * length;
     const T* in[2] = {};
-    for (int i = 0; i < 1 + weighted<W>; ++i) {
+    for (int i = 0; i < 1 + weighted; ++i) {
       const Storage* from = static_cast<const Storage*>(call.inputs[i]) + row * length;
       if constexpr (converted) {
         T* to = memory.get() + i * lanes * length;
@@ -93,47 +93,32 @@ void run_side_by_side(const ProjectionCall& call, int64_t begin, int64_t end) {
   }
 }
 
-// Of what is read next, as much as is projected now: so that it is on its way to the second-level cache meanwhile. Each
-// second line, since a processor fetches that one's neighbour, too.
-template <typename Storage>
-CO_HD void fetch_ahead(const ProjectionCall& call, int64_t first, int64_t n) {
-  for (const void* operand : call.ahead) {
-    const uintptr_t begin = reinterpret_cast<uintptr_t>(operand) + first * sizeof(Storage);
-    for (uintptr_t at = begin; at < begin + n * sizeof(Storage); at += 128)
-      __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-  }
-}
-
 template <int inputs, int outputs, typename Storage>
-CO_HD void fetch_next(const ProjectionCall& call, const RowUnits& units, const TileRows& rows, int64_t unit,
-                      int64_t end) {
-  if (call.ahead[0]) {
-    fetch_ahead<Storage>(call, rows.first, rows.count * rows.length);
-  } else if (unit + 1 < end) {
+CO_HD void fetch_next(const ProjectionCall& call, const RowUnits& units, int64_t unit, int64_t end) {
+  if (unit + 1 < end)
     TileRows(call.layout, units, unit + 1).prefetch<Storage>(call.inputs, inputs, call.outputs, outputs);
-  }
 }
 
 // Rows in tiles that are padded: to n numbers, the power of two next to `length`, or to whole blocks.
-template <int n, Weight W, typename Storage>
+template <int n, bool weighted, typename Storage>
 void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
-  if constexpr (n < most_sorted<W>)
-    if (length > n) return run_sorted<2 * n, W, Storage>(call, units, begin, end);
+  if constexpr (n < most_sorted<weighted>)
+    if (length > n) return run_sorted<2 * n, weighted, Storage>(call, units, begin, end);
   const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
-  const Tiles<T> tiles(1 + weighted<W>, padded, call.layout);
-  T *const x = tiles.at(0), *const weight = weighted<W> ? tiles.at(1) : nullptr;
-  if (weighted<W>) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
+  const Tiles<T> tiles(1 + weighted, padded, call.layout);
+  T *const x = tiles.at(0), *const weight = weighted ? tiles.at(1) : nullptr;
+  if (weighted) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     rows.load(static_cast<const Storage*>(call.inputs[0]), x);
     std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
-    if (weighted<W>) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
-    fetch_next<1 + weighted<W>, 1, Storage>(call, units, rows, unit, end);
-    if constexpr (weighted<W>)
-      project_sorted<n, W>(x, weight, T(call.total));
+    if (weighted) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
+    fetch_next<1 + weighted, 1, Storage>(call, units, unit, end);
+    if constexpr (weighted)
+      project_sorted<n, weighted>(x, weight, T(call.total));
     else if (length <= n)
       project_sorted<n>(x, T(call.total));
     else
@@ -197,17 +182,10 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
   if constexpr (Rows::forward) {
-    constexpr Weight W = Rows::weight;
-    if (call.layout.inner == 1 && length >= shortest_side_by_side<W>) {
-      if constexpr (W != Weight::inverse) return run_side_by_side<W, Storage>(call, begin, end);
-      SingleRows<Storage, Rows> rows(call);  // a step leaves most of its rows in the support
-      for (int64_t row = begin * units.lanes; row < std::min(end * units.lanes, call.layout.outer); ++row) {
-        if (call.ahead[0]) fetch_ahead<Storage>(call, row * length, length);
-        rows.run(row * length);
-      }
-      return;
-    }
-    if (!weighted<W> || length <= most_sorted<W>) return run_sorted<2, W, Storage>(call, units, begin, end);
+    constexpr bool weighted = Rows::is_weighted;
+    if (call.layout.inner == 1 && length >= shortest_side_by_side<weighted>)
+      return run_side_by_side<weighted, Storage>(call, begin, end);
+    if (!weighted || length <= most_sorted<weighted>) return run_sorted<2, weighted, Storage>(call, units, begin, end);
   }
   const Tiles<T> tiles(Rows::inputs, length, call.layout);
   ProjectionScratch scratch(length);
@@ -218,7 +196,7 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
     for (int i = 0; i < Rows::inputs; ++i) rows.load(static_cast<const Storage*>(call.inputs[i]), tiles.at(i));
-    fetch_next<Rows::inputs, Rows::outputs, Storage>(call, units, rows, unit, end);
+    fetch_next<Rows::inputs, Rows::outputs, Storage>(call, units, unit, end);
     Rows::columns(length, tiles.lanes, in, out, T(call.total), scratch);
     for (int i = 0; i < Rows::outputs; ++i)
       if (out[i]) rows.store(out[i], static_cast<Storage*>(call.outputs[i]));
@@ -276,12 +254,9 @@ ProjectionLoop pick_loop(Dtype dtype) {
 ProjectionLoop projection_loop(Projection kernel, Dtype dtype) {
   switch (kernel) {
     case Projection::forward:
-      return pick_loop<ForwardRows<Weight::none>>(dtype);
+      return pick_loop<ForwardRows<false>>(dtype);
     case Projection::forward_weighted:
-      return pick_loop<ForwardRows<Weight::given>>(dtype);
-    case Projection::forward_inverse:
-      return dtype == Dtype::float64 ? run<ForwardRows<Weight::inverse>, double>
-                                     : run<ForwardRows<Weight::inverse>, float>;
+      return pick_loop<ForwardRows<true>>(dtype);
     case Projection::backward:
       return pick_loop<BackwardRows<false, false>>(dtype);
     case Projection::backward_weighted:

@@ -58,7 +58,7 @@ CO_HD int64_t compress(Vector<float> values, Mask inside, float* to) {
 }
 #endif
 
-template <Weight W, typename T>
+template <bool weighted, typename T>
 class RowsProjection {
   using V = Vector<T>;
   static constexpr int64_t lanes = RowUnits::lanes;
@@ -81,9 +81,9 @@ class RowsProjection {
       V top[2] = {V{} - infinity, V{} - infinity};
       for_each_vector(length, [&](int64_t k, int v, int) CO_INLINE {
         V x_k = load(x + r * length + k), u_k = read_weight(weight, r * length + k);
-        top[v] = larger_of(top[v], lower_bound<W>(x_k, u_k, total));
+        top[v] = larger_of(top[v], projection_bound<weighted>(x_k, u_k, total));
       });
-      first[r] = Ascent<T>::template from<weighted<W>>(across<T, T>(larger_of(top[0], top[1]), larger_of<T>), total);
+      first[r] = Ascent<T>::template from<weighted>(across<T, T>(larger_of(top[0], top[1]), Larger()), total);
     }
 
     int64_t counts[lanes] = {}, height = 1;
@@ -94,9 +94,9 @@ class RowsProjection {
       for_each_vector(length, [&](int64_t k, int, int fresh) CO_INLINE {
         const V x_k = load(x + r * length + k), weight_k = read_weight(weight, r * length + k);
         V u_k = weight_k;
-        auto inside = ~(rest_at<W>(at, total, x_k, u_k) <= T(0));  // a NaN, too
+        auto inside = ~(rest_at<weighted>(at, total, x_k, u_k) <= T(0));  // a NaN, too
         if (fresh) inside &= lane_numbers() >= V{} + T(fresh);
-        if (weighted<W>) compress(weight_k, inside, to_weight + count);
+        if (weighted) compress(weight_k, inside, to_weight + count);
         count += compress(x_k, inside, to + count);
       });
       counts[r] = count;
@@ -105,13 +105,13 @@ class RowsProjection {
     if (length >= shortest_alone && 2 * height > length) {
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t i = r * length;
-        project_row<W>(length, x + i, weighted<W> ? weight + i : nullptr, y + i, total, scratch_);
+        project_row<weighted>(length, x + i, weighted ? weight + i : nullptr, y + i, total, scratch_);
       }
       return;
     }
     for (int64_t r = 0; r < lanes; ++r) {
       std::fill(kept(0) + r * stride_ + counts[r], kept(0) + r * stride_ + height, -infinity);
-      if (weighted<W>) std::fill(kept(1) + r * stride_ + counts[r], kept(1) + r * stride_ + height, T(1));
+      if (weighted) std::fill(kept(1) + r * stride_ + counts[r], kept(1) + r * stride_ + height, T(1));
     }
     const int64_t columns = (height + 7) / 8 * 8;  // whole squares; what is too much is not looked at
     for (int i = 0; i < operands; ++i) transpose(kept(i), stride_, tile(i), lanes, lanes, columns);
@@ -120,8 +120,8 @@ class RowsProjection {
     for (int64_t l = 0; l < rows; l += group<T>) {
       ProjectionBlocks<false, T> blocks(height, lanes, {tile(0) + l, tile(operands - 1) + l}, {nullptr}, {});
       Ascent<V> at[2];
-      start_ascent<W, false>(blocks, total, at);
-      ascend<W, false>(blocks, total, scratch_.live(), at);
+      start_ascent<weighted, false>(blocks, total, at);
+      ascend<weighted, false>(blocks, total, scratch_.live(), at);
       for (int v = 0; v < 2; ++v) {
         store(anchor + l + v * width<T>, at[v].anchor);
         store(high + l + v * width<T>, at[v].high);
@@ -132,14 +132,14 @@ class RowsProjection {
       const Ascent<V> at = {V{} + anchor[r], V{} + high[r], V{} + low[r], V{}, V{}};
       for_each_vector(length, [&](int64_t k, int, int) CO_INLINE {
         V u_k = read_weight(weight, r * length + k);
-        const V rest = rest_at<W>(at, total, load(x + r * length + k), u_k);
+        const V rest = rest_at<weighted>(at, total, load(x + r * length + k), u_k);
         store(y + r * length + k, value_of_rest(rest));
       });
     }
   }
 
  private:
-  static constexpr int operands = 1 + weighted<W>;
+  static constexpr int operands = 1 + weighted;
 
   T* kept(int operand) { return memory_.get() + operand * lanes * stride_; }
   T* tile(int operand) { return memory_.get() + (operands + operand) * lanes * stride_; }
@@ -149,7 +149,7 @@ class RowsProjection {
     for (int l = 0; l < width<T>; ++l) numbers[l] = T(l);
     return numbers;
   }
-  static CO_HD V read_weight(const T* weight, int64_t i) { return weighted<W> ? load(weight + i) : V{} + T(1); }
+  static CO_HD V read_weight(const T* weight, int64_t i) { return weighted ? load(weight + i) : V{} + T(1); }
 
   // body(first element, 0 or 1 in turns, how many of the elements were in the vector before): all of a row.
   template <typename Body>

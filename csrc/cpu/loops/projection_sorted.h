@@ -11,9 +11,9 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-template <Weight W>
-constexpr int most_sorted = weighted<W> ? 8 : 16;  // elements of a row
-constexpr int64_t sorted_block = 8;                // of longer rows
+template <bool weighted>
+constexpr int most_sorted = weighted ? 8 : 16;  // elements of a row
+constexpr int64_t sorted_block = 8;             // of longer rows
 
 // Batcher's odd-even merge sort of n numbers, as pairs to compare.
 template <int n>
@@ -100,10 +100,10 @@ CO_HD V root_of_largest(const V (&x)[n], V top, T total) {
 
 // A step of Newton's, which takes what the rounding of sums left between a root and lambda: rest is x less what is near
 // lambda, u what it falls by with lambda.
-template <Weight W, typename V, int n, typename T>
+template <bool weighted, typename V, int n, typename T>
 CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<V>* u) {
   V excess = V{} - total, lost = {}, slope = {};
-  const auto u_of = [=](int k) CO_INLINE { return rest[k] > V{} ? (weighted<W> ? u[k] : V{} + T(1)) : V{}; };
+  const auto u_of = [=](int k) CO_INLINE { return rest[k] > V{} ? (weighted ? u[k] : V{} + T(1)) : V{}; };
 #pragma GCC unroll 8
   for (int k = 0; k < n; k += 2) {
     slope += u_of(k) + u_of(k + 1);
@@ -111,22 +111,22 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
     excess = two_sum(excess, value_of_rest(rest[k]) + value_of_rest(rest[k + 1]), rounding);
     lost += rounding;
   }
-  return over_slope<W>(excess + lost, slope);
+  return weighted ? (excess + lost) / slope : (excess + lost) * reciprocal(slope);  // weights may be of any size
 }
 
 template <typename T>
 constexpr T padding = -std::numeric_limits<T>::infinity();  // never of the support
 
 // How many vectors of rows to take at a time: what one waits for, another has at hand.
-template <int n, Weight W>
-constexpr int vectors_at_once = (weighted<W> ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
+template <int n, bool weighted>
+constexpr int vectors_at_once = (weighted ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
 
 // Rows of n numbers, padded where they are shorter.
 template <int n, typename T>
 [[gnu::noinline]] void project_sorted(T* tile, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
-  constexpr int count = vectors_at_once<n, Weight::none>;
+  constexpr int count = vectors_at_once<n, false>;
   for (T* columns = tile; columns < tile + lanes; columns += count * width<T>) {
     V x[count][n], top[count], high[count], low[count];
     const auto place = [=](int v, int k) CO_INLINE { return columns + v * width<T> + k * lanes; };
@@ -145,7 +145,7 @@ template <int n, typename T>
     for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[v][k] = (load(place(v, k)) - top[v]) - high[v];
-      low[v] = root_correction<Weight::none>(total, x[v], nullptr);
+      low[v] = root_correction<false>(total, x[v], nullptr);
     }
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) {
@@ -157,7 +157,7 @@ template <int n, typename T>
 
 // Rows whose numbers are so much larger than total that one correction does not reach lambda, or left no support, go on
 // from what is left of them, step by step: y takes its place. The others stay.
-template <Weight W, typename V, int n, typename T, typename Mask>
+template <bool weighted, typename V, int n, typename T, typename Mask>
 [[gnu::noinline]] void climb_from(V (&rest)[n], const T* weight, T total, Mask rows) {
   T numbers[n * group<T>], weights[n * group<T>];
   for (int k = 0; k < n; ++k) {
@@ -167,7 +167,7 @@ template <Weight W, typename V, int n, typename T, typename Mask>
     }
   }
   ProjectionScratch scratch(n);
-  project<W, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
+  project<weighted, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
   for (int k = 0; k < n; ++k) rest[k] = rows ? load(numbers + k * group<T>) : rest[k];
 }
 
@@ -186,11 +186,11 @@ CO_HD void put_larger_first(WeightedElement<V>& a, WeightedElement<V>& b) {
 }
 
 // The same with weights, which are padded with 1.
-template <int n, Weight W, typename T>
+template <int n, bool weighted, typename T>
 [[gnu::noinline]] void project_sorted(T* tile, const T* weight, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
-  constexpr int count = vectors_at_once<n, W>;
+  constexpr int count = vectors_at_once<n, weighted>;
   const auto each = [](const auto& body) CO_INLINE {
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) body(v);
@@ -204,9 +204,9 @@ template <int n, Weight W, typename T>
       each([&](int v) CO_INLINE {
         z[v][k] = load(tile + at(v, k));
         u[v][k] = load(weight + at(v, k));
-        const V inverse = W == Weight::inverse ? reciprocal(u[v][k]) : u[v][k];
-        roots[v][k] = W == Weight::inverse ? (z[v][k] - total) * inverse : lower_bound<W>(z[v][k], u[v][k], total);
-        x[v][k] = {z[v][k], u[v][k], inverse};
+        const V d = u[v][k];
+        roots[v][k] = projection_bound<true>(z[v][k], u[v][k], total);
+        x[v][k] = {z[v][k], u[v][k], d};
       });
     }
     each([&](int v) CO_INLINE { anchor[v] = Ascent<V>::template from<true>(largest_of<n>(roots[v]), total).anchor; });
@@ -218,22 +218,20 @@ template <int n, Weight W, typename T>
       });
     }
     sort_falling(x);
-    // Of public weights, which may be of any size, c may not be finite; for others z need not be sorted, too.
-    const auto z_of = [](const auto& e) CO_INLINE { return W == Weight::inverse ? e.c * e.u : e.z; };
     each([&](int v) CO_INLINE { sum[v] = V{} - total, slope[v] = V{}; });
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k) {
       each([&](int v) CO_INLINE {
-        sum[v] += z_of(x[v][k]);
+        sum[v] += x[v][k].z;
         slope[v] += x[v][k].u;
-        roots[v][k] = over_slope<W>(sum[v], slope[v]);
+        roots[v][k] = sum[v] / slope[v];
       });
     }
     each([&](int v) CO_INLINE { high[v] = largest_of<n>(roots[v]); });
     each([&](int v) CO_INLINE {
 #pragma GCC unroll 8
       for (int k = 0; k < n; ++k) z[v][k] -= high[v] * u[v][k];
-      low[v] = root_correction<W>(total, z[v], u[v]);
+      low[v] = root_correction<weighted>(total, z[v], u[v]);
     });
     const auto off = [&](int v) CO_INLINE {
       const V moved = (low[v] < V{} ? -low[v] : low[v]) * slope[v];
@@ -242,7 +240,7 @@ template <int n, Weight W, typename T>
     if (any(off(0) | off(count - 1))) {
       each([&](int v) CO_INLINE {
         const auto rows = off(v);
-        climb_from<W>(z[v], weight + at(v, 0), total, rows);
+        climb_from<weighted>(z[v], weight + at(v, 0), total, rows);
         low[v] = rows ? V{} : low[v];
       });
     }
@@ -276,14 +274,14 @@ template <typename T>
       V rest[sorted_block];
 #pragma GCC unroll 8
       for (int k = 0; k < sorted_block; ++k) rest[k] = (x[k] - top) - high;
-      const V low = root_correction<Weight::none>(total, rest, nullptr);
+      const V low = root_correction<false>(total, rest, nullptr);
       const auto beyond = x[sorted_block - 1] - top > high;
       at[v] = {top, high, low, V{} + std::numeric_limits<T>::infinity(), beyond ? V{} + T(most_readings) : V{}};
     }
     if (any(at[0].left > V{}) || any(at[1].left > V{})) {
       const T* const x = columns;
       ProjectionBlocks<false, T> blocks(length, lanes, {x, x}, {nullptr}, {});
-      ascend<Weight::none, false>(blocks, total, scratch.live(), at);
+      ascend<false, false>(blocks, total, scratch.live(), at);
     }
     V sum[2] = {};
     const auto each = [=](const auto& change) CO_INLINE {
@@ -292,7 +290,7 @@ template <typename T>
     };
     each([&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
-      const V y = value_of_rest(rest_at<Weight::none>(at[v], total, load(p), u));
+      const V y = value_of_rest(rest_at<false>(at[v], total, load(p), u));
       store(p, y);
       sum[v] += y;
     });

@@ -1,11 +1,11 @@
 // The projection onto the simplex of rows of float or double, and its derivatives; for all loops that need it:
 //
 //   ProjectionScratch scratch(length);  // one for each thread, for rows up to this length
-//   project_row<W>(length, x, weight, y, total, scratch);
-//   project_columns<W>(length, stride, x, weight, y, total, scratch);
+//   project_row<weighted>(length, x, weight, y, total, scratch);
+//   project_columns<weighted>(length, stride, x, weight, y, total, scratch);
 //
 // A row's elements follow each other in memory. Columns are RowUnits::lanes rows side by side, element k of row l at
-// k * stride + l. weight is null unless weighted<W>; y may be x. A row's result is the same whatever lies beside it.
+// k * stride + l. weight is null unless weighted; y may be x. A row's result is the same whatever lies beside it.
 //
 // Both run the same code on a group of two vectors at a step: independent work for the processor to interleave. Lanes
 // are neighbours of one row, or rows; which of the two makes a difference only to what is added up along the row.
@@ -135,38 +135,17 @@ struct Sums {
   template <bool along_row>
   CO_HD V total(int i, int v) const {
     if (!along_row) return high[i][v] + low[i][v];
-    const auto add = [](double a, double b) CO_INLINE { return a + b; };
-    return V{} + T(across<double, T>(high[i][0] + high[i][1], add) + across<double, T>(low[i][0] + low[i][1], add));
+    return V{} +
+           T(across<double, T>(high[i][0] + high[i][1], Plus()) + across<double, T>(low[i][0] + low[i][1], Plus()));
   }
 };
 
-// What a row's elements count by: nothing, weights, or u, their inverses, which cost no division in each reading. Those
-// are what a step makes: where they are not positive numbers, x is NaN or all of the row's are 0.
-enum class Weight { none, given, inverse };
-template <Weight W>
-constexpr bool weighted = W != Weight::none;
-
-// x's lower bound of lambda, as projection_bound: turns a weight into u.
-template <Weight W, typename V, typename T>
-CO_HD V lower_bound(V& x, V& weight, T total) {
-  if constexpr (W == Weight::inverse)
-    return (x - total) * reciprocal(weight);
-  else
-    return projection_bound<weighted<W>>(x, weight, total);
-}
-
-// a / slope, a sum of u.
-template <Weight W, typename V>
-CO_HD V over_slope(V a, V slope) {
-  return W == Weight::given ? a / slope : a * reciprocal(slope);  // weights may be of any size
-}
-
 // What is left of x at lambda: y where it is positive. Turns a weight into u.
-template <Weight W, typename T>
+template <bool weighted, typename T>
 CO_HD Vector<T> rest_at(const Ascent<Vector<T>>& lambda, T total, Vector<T> x, Vector<T>& weight) {
-  if constexpr (W == Weight::given) lower_bound<W>(x, weight, total);
-  return projection_rest<weighted<W>>(projection_anchored<weighted<W>>(x, weight, lambda.anchor), weight, lambda.high,
-                                      lambda.low);
+  projection_bound<weighted>(x, weight, total);
+  return projection_rest<weighted>(projection_anchored<weighted>(x, weight, lambda.anchor), weight, lambda.high,
+                                   lambda.low);
 }
 
 template <bool along_row>
@@ -174,14 +153,14 @@ constexpr int states = along_row ? 1 : 2;  // a row has one lambda, lanes each t
 template <bool along_row, typename T>
 using ProjectionBlocks = Blocks<along_row, T, 2, 1>;  // x, weight; y
 
-template <Weight W, typename Block, typename V>
+template <bool weighted, typename Block, typename V>
 CO_HD void read_operands(const Block& block, int64_t offset, V& x_k, V& u_k) {
   x_k = load(block.in[0] + offset);
-  u_k = weighted<W> ? load(block.in[1] + offset) : V{} + 1;
+  u_k = weighted ? load(block.in[1] + offset) : V{} + 1;
 }
 
 // Where to start from; a NaN is left to the readings.
-template <Weight W, bool along_row, typename T>
+template <bool weighted, bool along_row, typename T>
 [[gnu::noinline]] void start_ascent(ProjectionBlocks<along_row, T>& blocks, T total,
                                     Ascent<Vector<T>> (&at)[states<along_row>]) {
   using V = Vector<T>;
@@ -197,17 +176,17 @@ template <Weight W, bool along_row, typename T>
         if (k + j == block.steps) break;
         blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
           V x_k, u_k;
-          read_operands<W>(block, offset, x_k, u_k);
-          top[j][v] = larger_of(top[j][v], lower_bound<W>(x_k, u_k, total));
+          read_operands<weighted>(block, offset, x_k, u_k);
+          top[j][v] = larger_of(top[j][v], projection_bound<weighted>(x_k, u_k, total));
         });
       }
     }
   }
   for (int s = 0; s < states<along_row>; ++s) {
     V bound = larger_of(larger_of(top[0][s], top[1][s]), larger_of(top[2][s], top[3][s]));
-    if (along_row) bound = V{} + across<T, T>(larger_of(bound, larger_of(top[0][1], top[1][1])), larger_of<T>);
-    at[s] = Ascent<V>::template from<weighted<W>>(bound, total);
-    if (weighted<W> || along_row) continue;
+    if (along_row) bound = V{} + across<T, T>(larger_of(bound, larger_of(top[0][1], top[1][1])), Larger());
+    at[s] = Ascent<V>::template from<weighted>(bound, total);
+    if (weighted || along_row) continue;
     const V four[] = {top[0][s] - bound, top[1][s] - bound, top[2][s] - bound, top[3][s] - bound};
     const V start = projection_of_four(four, total);
     at[s].high = start > at[s].high ? start : at[s].high;
@@ -216,7 +195,7 @@ template <Weight W, bool along_row, typename T>
 
 // To lambda; where nothing is left of `at`, nothing changes. Returns how many blocks may be of the support, and their
 // numbers in `live`.
-template <Weight W, bool along_row, typename T>
+template <bool weighted, bool along_row, typename T>
 [[gnu::noinline]] int64_t ascend(ProjectionBlocks<along_row, T>& blocks, T total, int32_t* live,
                                  Ascent<Vector<T>> (&at)[states<along_row>]) {
   using V = Vector<T>;
@@ -243,8 +222,8 @@ template <Weight W, bool along_row, typename T>
             if (k + j == block.steps) break;
             blocks.step(k + j, [&](int v, int64_t offset) CO_INLINE {
               V x_k, u_k;
-              read_operands<W>(block, offset, x_k, u_k);
-              const V rest = rest_at<W>(at[along_row ? 0 : v], total, x_k, u_k), y_k = value_of_rest(rest);
+              read_operands<weighted>(block, offset, x_k, u_k);
+              const V rest = rest_at<weighted>(at[along_row ? 0 : v], total, x_k, u_k), y_k = value_of_rest(rest);
               seen |= bit_cast<decltype(seen)>(y_k);
               pair[v] += y_k;
               sums.part[1][v] += rest <= V{} ? V{} : u_k;
@@ -277,21 +256,21 @@ template <Weight W, bool along_row, typename T>
   return blocks.count();
 }
 
-template <Weight W, bool along_row, typename T>
+template <bool weighted, bool along_row, typename T>
 void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total, int32_t* live) {
   using V = Vector<T>;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  ProjectionBlocks<along_row, T> blocks(length, stride, {x, weighted<W> ? weight : x}, {y}, {-infinity, T(1)});
+  ProjectionBlocks<along_row, T> blocks(length, stride, {x, weighted ? weight : x}, {y}, {-infinity, T(1)});
   Ascent<V> at[states<along_row>];
-  start_ascent<W, along_row>(blocks, total, at);
-  const int64_t count = ascend<W, along_row>(blocks, total, live, at);
+  start_ascent<weighted, along_row>(blocks, total, at);
+  const int64_t count = ascend<weighted, along_row>(blocks, total, live, at);
   for (int64_t b = 0, i = 0; b < blocks.count(); ++b) {
     const auto block = blocks[b];
     if (i < count && live[i] == b) {
       ++i;
       blocks.for_each(block, [&](int v, int64_t offset) CO_INLINE {
-        V u_k = weighted<W> ? load(block.in[1] + offset) : V{} + T(1);
-        const V rest = rest_at<W>(at[along_row ? 0 : v], total, load(block.in[0] + offset), u_k);
+        V u_k = weighted ? load(block.in[1] + offset) : V{} + T(1);
+        const V rest = rest_at<weighted>(at[along_row ? 0 : v], total, load(block.in[0] + offset), u_k);
         store(block.out[0] + offset, value_of_rest(rest));
       });
     } else {
@@ -301,16 +280,16 @@ void project(int64_t length, int64_t stride, const T* x, const T* weight, T* y, 
   blocks.finish();
 }
 
-template <Weight W, typename T>
+template <bool weighted, typename T>
 void project_row(int64_t length, const T* x, const T* weight, T* y, T total, ProjectionScratch& scratch) {
-  project<W, true>(length, 0, x, weight, y, total, scratch.live());
+  project<weighted, true>(length, 0, x, weight, y, total, scratch.live());
 }
 
-template <Weight W, typename T>
+template <bool weighted, typename T>
 void project_columns(int64_t length, int64_t stride, const T* x, const T* weight, T* y, T total,
                      ProjectionScratch& scratch) {
   for (int64_t l = 0; l < RowUnits::lanes; l += group<T>)
-    project<W, false>(length, stride, x + l, weighted<W> ? weight + l : nullptr, y + l, total, scratch.live());
+    project<weighted, false>(length, stride, x + l, weighted ? weight + l : nullptr, y + l, total, scratch.live());
 }
 
 // Null are: weight unless weighted; x and grad_weight unless to_weight; grad_x where only grad_weight is wanted.

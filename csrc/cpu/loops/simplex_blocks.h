@@ -19,19 +19,6 @@ constexpr int block_vector_bytes = std::max(32, vector_bytes);
 template <typename T>
 constexpr int vector_lanes = block_vector_bytes / sizeof(T);
 
-struct Larger {
-  template <typename V>
-  CO_HD V operator()(V a, V b) const {
-    return larger_of(b, a);
-  }
-};
-struct Plus {
-  template <typename V>
-  CO_HD V operator()(V a, V b) const {
-    return a + b;
-  }
-};
-
 // The most groups of a block: a tile has to hold its rows.
 template <typename T, int part>
 constexpr int most_groups = std::min(block_vectors, static_cast<int>(RowUnits::lanes) * part / vector_lanes<T>);
@@ -84,16 +71,11 @@ class Block {
     Vector all = vector_[0];
 #pragma GCC unroll 8
     for (int v = 1; v < vectors; ++v) all += vector_[v];
-    return within<1>(all, Plus())[0];
+    return within<part>(all, Plus())[0];
   }
 
   CO_HD T& operator[](int i) { return reinterpret_cast<T*>(vector_)[i]; }
   CO_HD const T& operator[](int i) const { return reinterpret_cast<const T*>(vector_)[i]; }
-
-  CO_HD void invert() {
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) vector_[v] = reciprocal(vector_[v]);
-  }
 
   // Every number becomes the first of its row.
   CO_HD Block row_heads() const {
@@ -113,7 +95,7 @@ class Block {
       Vector all = vector_[g * per_row];
 #pragma GCC unroll 8
       for (int v = 1; v < per_row; ++v) all = combine(all, vector_[g * per_row + v]);
-      all = within<1>(all, combine);
+      all = within<part>(all, combine);
 #pragma GCC unroll 8
       for (int v = 0; v < per_row; ++v) result.vector_[g * per_row + v] = all;
     }
@@ -142,19 +124,9 @@ class Block {
     for (int v = per_row - 1; v < vectors; v += per_row) vector_[v] = overlap ? Vector{} : vector_[v];
   }
 
-  template <int distance, typename Combine>
-  CO_HD static Vector within(Vector v, Combine combine) {
-    if constexpr (distance < part)
-      return within<2 * distance>(combine(v, partners<distance>(v, std::make_integer_sequence<int, lanes>())), combine);
-    return v;
-  }
   template <int... lane>
   CO_HD static Vector heads(Vector v, std::integer_sequence<int, lane...>) {
     return __builtin_shufflevector(v, v, (lane / part * part)...);
-  }
-  template <int distance, int... lane>
-  CO_HD static Vector partners(Vector v, std::integer_sequence<int, lane...>) {
-    return __builtin_shufflevector(v, v, (lane ^ distance)...);
   }
 };
 

@@ -2,6 +2,7 @@
 #include "of_dtype.h"
 #include "step_elements.h"
 #include "step_rows.h"
+#include "step_simplex.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
