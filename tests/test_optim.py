@@ -188,6 +188,21 @@ def test_a_simplex_is_adam_and_the_projection(columns: int, metric: str, dtype: 
     assert columns == 1 or (p == 0).any()
 
 
+@pytest.mark.parametrize("columns", [3, 4, 31, 32, 33, 100, 300, 1100])
+@pytest.mark.parametrize("lr", [1e-2, 1.0, 1e3, 1e8])
+def test_a_simplex_that_a_step_leaves_by_far(lr: float, columns: int) -> None:
+    torch.manual_seed(0)
+    p = Parameter(torch.cat([torch.softmax(3 * torch.randn(6, columns), -1), torch.eye(columns)[:3]]))
+    optimizer, oracle = ProjectedAdam([p], lr=lr, constraint=constraints.simplex), Adam(lr=lr, floor=FLOOR)
+    for _ in range(4):
+        p.grad = noise(9, columns) * torch.exp(4 * torch.randn(9, columns))
+        y, d = oracle.step(p.grad, p.detach())
+        want = project_by_sorting(y, d)
+        optimizer.step()
+        assert ((p.double() - want).abs() <= 4e-7 * (1 + y.abs().amax(-1, keepdim=True))).all()
+        assert (p >= 0).all() and ((p.double().sum(-1) - 1).abs() <= 4e-6).all()
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_a_simplex_along_another_dimension(dim: int) -> None:
     p = Parameter(torch.softmax(torch.randn(3, 4, 5), dim))

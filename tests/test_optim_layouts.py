@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -100,20 +101,27 @@ def test_parameters_without_elements_are_harmless_anywhere(kind: type[Any], plac
     assert all(map(torch.equal, full, alone))
 
 
-@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 11, 16, 20, 33, 64, 100, 300, 1500])
+@pytest.mark.parametrize("length", [2, 3, 4, 5, 8, 11, 16, 20, 32, 33, 64, 100, 300, 1500])
 def test_a_row_goes_where_it_would_go_alone(length: int) -> None:
     rows = [Parameter(torch.softmax(torch.randn(1, length), -1)) for _ in range(37)]  # no multiple of anything
     if rows[0].device.type != "cpu":
         pytest.skip("of the CPU's loops, which take rows in many ways")
     together = Parameter(torch.cat(list(rows)).detach())
     ours, theirs = (ProjectedAdam(each, lr=1e-2, constraint=constraints.simplex) for each in ([together], rows))
+    with torch.no_grad():  # not a row of the simplex: more of the projection is wanted than of its neighbours'
+        for row, value in ((5, 1e6), (7, 0.0), (20, -3e4)):
+            together[row] = rows[row][0] = value * torch.linspace(-1, 2, length)
     for _ in range(3):
         together.grad = noise(*together.shape)
+        together.grad[11] = math.nan
         for row, grad in zip(rows, together.grad.split(1), strict=True):
             row.grad = grad.clone()
         ours.step()
         theirs.step()
-    assert torch.equal(together, torch.cat(list(rows)))
+    torch.testing.assert_close(together.detach(), torch.cat(list(rows)).detach(), atol=0, rtol=0, equal_nan=True)
+    finite = together.isfinite().all(1)
+    assert not finite[11] and finite.sum() == 36
+    torch.testing.assert_close(together[finite].sum(1), torch.ones(36), atol=1e-6, rtol=0)
 
 
 def test_scalars_are_parameters_too() -> None:

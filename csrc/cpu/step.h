@@ -15,18 +15,23 @@ namespace constrained_ops {
 // How a parameter whose constraint goes along rows is cut into blocks, which stay in a first-level cache while a step
 // passes them several times, or in a second-level one: a few whole outer indices, or a few neighbouring rows.
 struct StepBlocks {
-  static constexpr int64_t elements = 1024, of_neighbours = 4096;
+  static constexpr int64_t elements = 1024, of_rows = 512, of_neighbours = 4096;
 
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;
 
-  // Rows that follow each other are as many as a power of two, and from `alone` on fill no whole tile.
+  // Rows that follow each other are as many as a power of two. Those shorter than `alone` fill whole tiles; of others
+  // fewer than these do.
   explicit StepBlocks(const RowLayout& layout, int64_t alone = shortest_alone) : lanes(layout.inner) {
     const auto [outer, length, inner] = layout;
-    if (length * inner <= elements) {
-      outers = elements / std::max<int64_t>(1, length * inner);
-      if (inner == 1) outers = std::bit_floor(static_cast<uint64_t>(outers));
-      if (inner == 1 && length < alone) outers = std::max(RowUnits::lanes, outers);
+    const int64_t size = std::max<int64_t>(1, length * inner);
+    if (size <= elements) {
+      outers = elements / size;
+      if (inner == 1) {
+        const uint64_t tile = std::max<uint64_t>(RowUnits::lanes, std::bit_floor(static_cast<uint64_t>(outers)));
+        const uint64_t rows = std::bit_ceil(static_cast<uint64_t>((of_rows + size - 1) / size));
+        outers = static_cast<int64_t>(length < alone ? tile : rows);
+      }
       count = (outer + outers - 1) / outers;
       return;
     }
