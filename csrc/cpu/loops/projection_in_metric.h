@@ -41,7 +41,7 @@ struct MetricClimb {
     slope = inside;
     going = unsettled;
   }
-  // The same, if that was the last of all rows; else nothing happens.
+  // Whether that was the last reading for all rows; sets no more than `rest`.
   CO_HD bool ends(V excess, V inside, T total) {
     const V size = excess < V{} ? -excess : excess;
     rest = excess * reciprocal(inside);

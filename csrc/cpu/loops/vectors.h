@@ -63,7 +63,8 @@ CO_HD V reciprocal(V v) {
   if constexpr (sizeof(v[0]) == sizeof(float)) {
     V rough;
     if constexpr (sizeof(V) == 64)
-      rough = V(_mm512_rcp14_ps(__m512(v)));
+      rough =
+          V(_mm512_maskz_rcp14_ps(0xffff, __m512(v)));  // of the plain one GCC 12 says that it reads what is not set
     else
       rough = V(_mm256_rcp14_ps(__m256(v)));
     return rough + rough * (1 - v * rough);
