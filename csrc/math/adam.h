@@ -68,13 +68,19 @@ CO_HD T adam_moments(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
   return amsgrad ? moments.largest_v : moments.v;
 }
 
-// The same; returns the metric d.
-template <bool amsgrad, typename T>
-CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
-  return std::sqrt(adam_moments<amsgrad>(adam, g, x, moments)) * adam.root_scale + adam.eps;
+// The metric d, from the square root of v. V is T, or a vector of it.
+template <typename V, typename T>
+CO_HD V adam_metric_of(const Adam<T>& adam, V root) {
+  return root * adam.root_scale + adam.eps;
 }
 
-// Where Adam goes from x in `direction` m / d, before a projection. V is T, or a vector of it.
+// Moments as above; returns the metric d.
+template <bool amsgrad, typename T>
+CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
+  return adam_metric_of(adam, std::sqrt(adam_moments<amsgrad>(adam, g, x, moments)));
+}
+
+// Where Adam goes from x in `direction` m / d, before a projection. V likewise.
 template <typename V, typename T>
 CO_HD V adam_target(const Adam<T>& adam, V x, V direction) {
   return x * adam.decay - adam.step_size * direction;

@@ -118,7 +118,7 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
     if (weighted) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
     fetch_next<1 + weighted, 1, Storage>(call, units, unit, end);
     if constexpr (weighted)
-      project_sorted<n, weighted>(x, weight, T(call.total));
+      project_sorted<n>(x, weight, T(call.total));
     else if (length <= n)
       project_sorted<n>(x, T(call.total));
     else

@@ -33,20 +33,25 @@ struct MetricClimb {
 
   // After a reading at lambda, which found so much more than total, and so much u, in its support.
   CO_HD void step(V excess, V inside, T total) {
-    const V size = excess < V{} ? -excess : excess, rise = excess * reciprocal(inside);
-    const auto unsettled = going & (inside != slope) & (size > 8 * std::numeric_limits<T>::epsilon() * total);
+    const V rise = excess * reciprocal(inside);
+    const auto unsettled =
+        going & (inside != slope) & (size_of(excess) > 8 * std::numeric_limits<T>::epsilon() * total);
     rest = going ? rise : rest;
-    off = going ? ~(size <= total * T(1e-3)) : off;
+    off = going ? ~near(excess, total) : off;
     lambda = unsettled ? lambda + rise : lambda;
     slope = inside;
     going = unsettled;
   }
   // Whether that was the last reading for all rows; sets no more than `rest`.
   CO_HD bool ends(V excess, V inside, T total) {
-    const V size = excess < V{} ? -excess : excess;
     rest = excess * reciprocal(inside);
-    return !any(~((inside == slope) & (size <= total * T(1e-3))));
+    return !any(~((inside == slope) & near(excess, total)));
   }
+
+ private:
+  CO_HD static V size_of(V v) { return v < V{} ? -v : v; }
+  // Whether one number is digits enough for `rest`.
+  CO_HD static Mask near(V excess, T total) { return size_of(excess) <= total * T(1e-3); }
 };
 
 // Where Adam goes on a simplex, number by number.
@@ -54,10 +59,9 @@ template <typename T>
 struct MetricTarget {
   using V = Vector<T>;
   Adam<T> adam;
-  T half_scale;
 
-  explicit MetricTarget(const Adam<T>& adam) : adam(adam), half_scale(adam.root_scale / 2) {}
-  CO_HD V metric(V v) const { return twice_root(v) * half_scale + adam.eps; }
+  explicit MetricTarget(const Adam<T>& of) : adam(of) { adam.root_scale /= 2; }
+  CO_HD V metric(V v) const { return adam_metric_of(adam, twice_root(v)); }
   CO_HD V target(V x, V m, V u) const { return adam_target(adam, x, m * u); }
 };
 
@@ -111,7 +115,7 @@ class MetricColumns {
     }
     for_each<n>([&](int v, int64_t at) CO_INLINE {
       const V u = load(u_ + at);
-      store(z_ + at, value_of_rest((load(z_ + at) - climb[v].lambda * u) - climb[v].rest * u));
+      store(z_ + at, value_of_rest(projection_rest<true>(load(z_ + at), u, climb[v].lambda, climb[v].rest)));
     });
   }
 
@@ -139,7 +143,8 @@ class MetricColumns {
     const auto add = [&](V(&sum)[2], int64_t begin, int64_t end) CO_INLINE {
       for_each<n>(
           [&](int v, int64_t at) CO_INLINE {
-            const V u = load(u_ + at), left = load(z_ + at) - (v == 0 ? lambda_0 : lambda_1) * u;
+            const V u = load(u_ + at);
+            const V left = projection_anchored<true>(load(z_ + at), u, v == 0 ? lambda_0 : lambda_1);
             const auto counts = ~(left <= V{});  // a NaN, too
             sum[v] = add_where(counts, sum[v], left);
             inside[v] = add_where(counts, inside[v], u);
@@ -284,7 +289,7 @@ class MetricRows {
       const V lambda_r = V{} + lambda[r], rest_r = V{} + rest[r];
       const auto finish = [&](int, int64_t here, int64_t from, Mask) CO_INLINE {
         const V u = load(at.u + here);
-        store(y + from, value_of_rest((load(at.z + here) - lambda_r * u) - rest_r * u));
+        store(y + from, value_of_rest(projection_rest<true>(load(at.z + here), u, lambda_r, rest_r)));
       };
       at.for_last(r, finish);  // what overlaps, the vector before it overwrites
       at.for_whole(r, 0, at.whole, finish);
@@ -341,7 +346,7 @@ class MetricRows {
       const V lambda_r = V{} + lambda[r];
       V sum[2] = {start, {}}, sum_u[2] = {};
       const auto add = [&](int i, int64_t here, int64_t, Mask) CO_INLINE {
-        const V u = load(at.u + here), left = load(at.z + here) - lambda_r * u;
+        const V u = load(at.u + here), left = projection_anchored<true>(load(at.z + here), u, lambda_r);
         const auto counts = ~(left <= V{});  // a NaN, too
         sum[i] = add_where(counts, sum[i], left);
         sum_u[i] = add_where(counts, sum_u[i], u);

@@ -157,7 +157,7 @@ template <int n, typename T>
 
 // Rows whose numbers are so much larger than total that one correction does not reach lambda, or left no support, go on
 // from what is left of them, step by step: y takes its place. The others stay.
-template <bool weighted, typename V, int n, typename T, typename Mask>
+template <typename V, int n, typename T, typename Mask>
 [[gnu::noinline]] void climb_from(V (&rest)[n], const T* weight, T total, Mask rows) {
   T numbers[n * group<T>], weights[n * group<T>];
   for (int k = 0; k < n; ++k) {
@@ -167,7 +167,7 @@ template <bool weighted, typename V, int n, typename T, typename Mask>
     }
   }
   ProjectionScratch scratch(n);
-  project<weighted, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
+  project<true, false>(n, group<T>, numbers, weights, numbers, total, scratch.live());
   for (int k = 0; k < n; ++k) rest[k] = rows ? load(numbers + k * group<T>) : rest[k];
 }
 
@@ -186,11 +186,11 @@ CO_HD void put_larger_first(WeightedElement<V>& a, WeightedElement<V>& b) {
 }
 
 // The same with weights, which are padded with 1.
-template <int n, bool weighted, typename T>
+template <int n, typename T>
 [[gnu::noinline]] void project_sorted(T* tile, const T* weight, T total) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
-  constexpr int count = vectors_at_once<n, weighted>;
+  constexpr int count = vectors_at_once<n, true>;
   const auto each = [](const auto& body) CO_INLINE {
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) body(v);
@@ -231,7 +231,7 @@ template <int n, bool weighted, typename T>
     each([&](int v) CO_INLINE {
 #pragma GCC unroll 8
       for (int k = 0; k < n; ++k) z[v][k] -= high[v] * u[v][k];
-      low[v] = root_correction<weighted>(total, z[v], u[v]);
+      low[v] = root_correction<true>(total, z[v], u[v]);
     });
     const auto off = [&](int v) CO_INLINE {
       const V moved = (low[v] < V{} ? -low[v] : low[v]) * slope[v];
@@ -240,7 +240,7 @@ template <int n, bool weighted, typename T>
     if (any(off(0) | off(count - 1))) {
       each([&](int v) CO_INLINE {
         const auto rows = off(v);
-        climb_from<weighted>(z[v], weight + at(v, 0), total, rows);
+        climb_from(z[v], weight + at(v, 0), total, rows);
         low[v] = rows ? V{} : low[v];
       });
     }
