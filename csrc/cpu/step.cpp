@@ -67,8 +67,10 @@ void StepPlan::run(const std::vector<const void*>& grads, const std::vector<Step
   parallel(costs_.back(), cost_per_thread, [&](int64_t begin, int64_t end) {
     const auto first = std::lower_bound(costs_.begin(), costs_.end() - 1, begin) - costs_.begin();
     for (size_t i = first; i < tasks_.size() && costs_[i] < end; ++i) {
-      const Task& task = tasks_[i];
-      loop_(slots_[task.slot], grads[task.slot], numbers_[numbers_of_[task.slot]], task.begin, task.end);
+      const auto [slot, first_unit, last_unit] = tasks_[i];
+      int64_t stop = last_unit;
+      while (i + 1 < tasks_.size() && costs_[i + 1] < end && tasks_[i + 1].slot == slot) stop = tasks_[++i].end;
+      loop_(slots_[slot], grads[slot], numbers_[numbers_of_[slot]], first_unit, stop);
     }
   });
 }

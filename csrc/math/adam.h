@@ -52,23 +52,18 @@ struct Moments {
   T m, v, largest_v;  // largest_v: with amsgrad
 };
 
-// NaN if either is, as torch.maximum has it.
-template <typename T>
-CO_HD T adam_larger(T a, T b) {
-  return (b > a) | (b != b) ? b : a;
-}
-
-// Moments after a gradient g at x; g after its transform's derivative. Returns that v of which the metric is made.
-template <bool amsgrad, typename T>
-CO_HD T adam_moments(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
-  g += adam.weight_decay == T(0) ? T(0) : adam.weight_decay * x;  // x may be infinite
+// Moments after a gradient g at x; g after its transform's derivative. Returns that v of which the metric is made. Here
+// and below V is T, or a vector of it.
+template <bool amsgrad, typename V, typename T>
+CO_HD V adam_moments(const Adam<T>& adam, V g, V x, Moments<V>& moments) {
+  g += adam.weight_decay == T(0) ? V{} : adam.weight_decay * x;  // x may be infinite
   moments.m += adam.beta1_rest * (g - moments.m);
   moments.v = adam.beta2 * moments.v + adam.beta2_rest * g * g;
-  if constexpr (amsgrad) moments.largest_v = adam_larger(moments.largest_v, moments.v);
+  if constexpr (amsgrad) moments.largest_v = larger_or_nan(moments.largest_v, moments.v);
   return amsgrad ? moments.largest_v : moments.v;
 }
 
-// The metric d, from the square root of v. V is T, or a vector of it.
+// The metric d, from the square root of v.
 template <typename V, typename T>
 CO_HD V adam_metric_of(const Adam<T>& adam, V root) {
   return root * adam.root_scale + adam.eps;
@@ -80,7 +75,7 @@ CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
   return adam_metric_of(adam, std::sqrt(adam_moments<amsgrad>(adam, g, x, moments)));
 }
 
-// Where Adam goes from x in `direction` m / d, before a projection. V likewise.
+// Where Adam goes from x in `direction` m / d, before a projection.
 template <typename V, typename T>
 CO_HD V adam_target(const Adam<T>& adam, V x, V direction) {
   return x * adam.decay - adam.step_size * direction;

@@ -71,6 +71,12 @@ CO_HD T clamp(T x, T smallest, T largest) {
   return x > largest ? largest : x;
 }
 
+// NaN if either is, as torch.maximum has it. T may be a vector.
+template <typename T>
+CO_HD T larger_or_nan(T a, T b) {
+  return (b > a) | (b != b) ? b : a;
+}
+
 // 2^k as a number; k within the normal exponents.
 template <typename T>
 CO_HD T power_of_two(typename Format<T>::Int k) {

@@ -18,12 +18,6 @@
 
 namespace constrained_ops {
 
-// The larger of two, NaN if either is.
-template <typename T>
-CO_HD T larger_or_nan(T a, T b) {
-  return (b > a) | (b != b) ? b : a;
-}
-
 // Turns a weight into u, and x into NaN where there is no such weight. Returns x's lower bound of lambda: the lambda
 // that would leave x nothing but total. Without a weight, x itself.
 template <bool weighted, typename T, typename S>

@@ -42,6 +42,16 @@ struct MetricClimb {
     slope = inside;
     going = unsettled;
   }
+  // All that is left to do after a first reading; read(lambda, going, excess, inside) is another one.
+  template <typename Read>
+  CO_HD void go_on(V excess, V inside, T total, const Read& read) {
+    for (int readings = 1;; ++readings) {
+      step(excess, inside, total);
+      if (readings == most_readings || !any(going)) break;
+      read(lambda, going, excess, inside);
+    }
+    off |= going;
+  }
   // Whether that was the last reading for all rows; sets no more than `rest`.
   CO_HD bool ends(V excess, V inside, T total) {
     rest = excess * reciprocal(inside);
@@ -69,6 +79,129 @@ template <typename V>
 CO_HD V add_where(decltype(V{} == V{}) mask, V sum, V term) {
   return mask ? sum + term : sum;
 }
+
+// Two vectors to one: neighbours combined, in each part of it those of a first.
+template <int part, typename V, typename Combine, int... lane>
+CO_HD V neighbours(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  constexpr auto first = [](int l) {
+    const int in_part = l % part, of_b = in_part >= part / 2;
+    return l - in_part + 2 * (in_part - of_b * part / 2) + of_b * lanes;
+  };
+  return combine(__builtin_shufflevector(a, b, first(lane)...), __builtin_shufflevector(a, b, (first(lane) + 1)...));
+}
+
+// As many vectors to one as are combined in a lane, which are neighbours in a part.
+template <int count, int part, typename V, typename Combine>
+CO_HD V across_each(const V* vectors, Combine combine) {
+  constexpr int lanes = sizeof(V) / sizeof(vectors[0][0]);
+  V halves[count / 2];
+#pragma GCC unroll 8
+  for (int i = 0; i < count / 2; ++i)
+    halves[i] = neighbours<part>(vectors[2 * i], vectors[2 * i + 1], combine, std::make_integer_sequence<int, lanes>());
+  if constexpr (count == 2)
+    return halves[0];
+  else
+    return across_each<count / 2, part>(halves, combine);
+}
+
+// Rows shorter than a vector, of a length that is a power of two: as many vectors at once as a row is long, so that
+// what is combined along rows fills one.
+template <typename T, int length>
+class MetricLanes {
+  using V = Vector<T>;
+  using Climb = MetricClimb<T>;
+  static constexpr int part = std::max<int>(length, 16 / sizeof(T));  // no shuffle crosses 16 bytes if none need
+
+ public:
+  static_assert(width<T> % part == 0);
+
+  MetricLanes(const Adam<T>& adam, T total) : of_(adam), total_(total) {}
+
+  // x, of which y is made.
+  CO_HD void project(V (&x)[length], const V (&m)[length], const V (&v)[length]) const {
+    V z[length], u[length], part_z[length], part_u[length];
+    for (int i = 0; i < length; ++i) u[i] = of_.metric(v[i]);
+    const Spread floor(across_each<length, part>(u, Larger()) * adam_floor<T>);
+    for (int i = 0; i < length; ++i) {
+      u[i] = reciprocal(larger_of(u[i], floor[i]));
+      z[i] = of_.target(x[i], m[i], u[i]);
+      part_z[i] = x[i] > V{} ? z[i] : V{};
+      part_u[i] = x[i] > V{} ? u[i] : V{};
+    }
+    Climb climb(across_each<length, part>(part_z, Plus()), across_each<length, part>(part_u, Plus()), total_);
+    V excess, inside;
+    read(z, u, climb.lambda, excess, inside);
+    if (climb.ends(excess, inside, total_)) [[likely]] {
+      finish(z, u, climb, x);
+    } else {
+      V from_z[length], from_u[length];
+      for (int i = 0; i < length; ++i) from_z[i] = z[i], from_u[i] = u[i];
+      climb_on(from_z, from_u, climb, excess, inside, x);
+    }
+  }
+
+ private:
+  // What rows have in a lane each, to all lanes of theirs in the vectors.
+  struct Spread {
+    V vectors[length];
+
+    CO_HD explicit Spread(V rows) { fill(rows, std::make_integer_sequence<int, length>()); }
+    CO_HD const V& operator[](int i) const { return vectors[i]; }
+
+   private:
+    template <int... i>
+    CO_HD void fill(V rows, std::integer_sequence<int, i...>) {
+      ((vectors[i] = of_vector<i>(rows, std::make_integer_sequence<int, width<T>>())), ...);
+    }
+    template <int i, int... lane>
+    CO_HD static V of_vector(V rows, std::integer_sequence<int, lane...>) {
+      return __builtin_shufflevector(rows, rows, (lane - lane % part + (i * part + lane % part) / length)...);
+    }
+  };
+
+  CO_HD void read(const V (&z)[length], const V (&u)[length], V lambda, V& excess, V& inside) const {
+    const Spread lambdas(lambda);
+    V part_z[length], part_u[length];
+    for (int i = 0; i < length; ++i) {
+      const V left = projection_anchored<true>(z[i], u[i], lambdas[i]);
+      const auto counts = ~(left <= V{});  // a NaN, too
+      part_z[i] = counts ? left : V{};
+      part_u[i] = counts ? u[i] : V{};
+    }
+    excess = across_each<length, part>(part_z, Plus()) - total_;
+    inside = across_each<length, part>(part_u, Plus());
+  }
+
+  CO_HD void finish(const V (&z)[length], const V (&u)[length], const Climb& climb, V (&y)[length]) const {
+    const Spread lambda(climb.lambda), rest(climb.rest);
+    for (int i = 0; i < length; ++i) y[i] = value_of_rest(projection_rest<true>(z[i], u[i], lambda[i], rest[i]));
+  }
+
+  [[gnu::noinline]] void climb_on(V (&z)[length], V (&u)[length], Climb climb, V excess, V inside,
+                                  V (&y)[length]) const {
+    climb.go_on(excess, inside, total_,
+                [&](V lambda, auto, V& excess, V& inside) CO_INLINE { read(z, u, lambda, excess, inside); });
+    finish(z, u, climb, y);
+    if (!any(climb.off)) return;
+    // Rows that are off take their y from the projection of any numbers.
+    const Spread off(climb.off ? V{} + 1 : V{});
+    T x[length * width<T>], d[length * width<T>];
+    ProjectionScratch scratch(length);
+    for (int i = 0; i < length; ++i) {
+      store(x + i * width<T>, z[i]);
+      store(d + i * width<T>, 1 / u[i]);
+      for (int l = 0; l < width<T>; l += length) {
+        const int at = i * width<T> + l;
+        project_row<true>(length, x + at, d + at, x + at, total_, scratch);
+      }
+      y[i] = off[i] > V{} ? load(x + i * width<T>) : y[i];
+    }
+  }
+
+  const MetricTarget<T> of_;
+  const T total_;
+};
 
 // Rows side by side: the lanes of a group, two vectors at each of `length` steps, in tiles.
 template <typename T>
@@ -205,26 +338,6 @@ class MetricColumns {
   T* const u_;
 };
 
-// Two vectors to one: neighbours combined, those of a first.
-template <typename V, typename Combine, int... lane>
-CO_HD V neighbours(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
-  return combine(__builtin_shufflevector(a, b, (2 * lane)...), __builtin_shufflevector(a, b, (2 * lane + 1)...));
-}
-
-// Each vector's lanes combined, in a lane for each.
-template <int count, typename V, typename Combine>
-CO_HD V across_each(const V* rows, Combine combine) {
-  constexpr int lanes = sizeof(V) / sizeof(rows[0][0]);
-  V halves[count / 2];
-#pragma GCC unroll 8
-  for (int i = 0; i < count / 2; ++i)
-    halves[i] = neighbours(rows[2 * i], rows[2 * i + 1], combine, std::make_integer_sequence<int, lanes>());
-  if constexpr (count == 2)
-    return halves[0];
-  else
-    return across_each<count / 2>(halves, combine);
-}
-
 // Rows that follow each other, of at least a vector's length: up to as many as that has lanes, since what is combined
 // along a row is so for all of them at once. A last vector that a row does not fill overlaps the one before it.
 template <typename T>
@@ -243,19 +356,23 @@ class MetricRows {
     for (int l = 0; l < lanes; ++l) at_.fresh[l] = l >= at_.room - length ? -1 : 0;
   }
 
-  // y may be x.
-  [[gnu::noinline]] void project(int rows, const T* x, const T* m, const T* v, T* y) {
+  // y may be x. v_at(i, fresh): the v of which the metric is made, of the vector at i in the operands, where only what
+  // is fresh may be written; called once for each vector, for a row's last one first.
+  template <typename VAt>
+  [[gnu::noinline]] void project(int rows, const VAt& v_at, const T* x, const T* m, T* y) {
     const MetricTarget<T> of = of_;  // locals, which no store can change
     const Rows at = at_;
     V part[lanes], part_u[lanes];  // what is combined along each row
     for (int r = rows; r < lanes; ++r) part[r] = part_u[r] = V{};
     for (int r = 0; r < rows; ++r) {
       V largest[2] = {};
-      at.for_each(r, [&](int i, int64_t here, int64_t from, Mask) CO_INLINE {
-        const V d = of.metric(load(v + from));
+      const auto measure = [&](int i, int64_t here, int64_t from, Mask fresh) CO_INLINE {
+        const V d = of.metric(v_at(from, fresh));
         store(at.u + here, d);
         largest[i] = larger_of(largest[i], d);
-      });
+      };
+      at.for_last(r, measure);
+      at.for_whole(r, 0, at.whole, measure);
       part[r] = larger_of(largest[0], largest[1]);
     }
     T floor[lanes];
@@ -329,7 +446,7 @@ class MetricRows {
   // In a lane for each row; if there is but one, in all.
   template <typename Combine>
   CO_HD static V combined(int rows, const V (&part)[lanes], Combine combine) {
-    return rows == 1 ? V{} + across<T, T>(part[0], combine) : across_each<lanes>(part, combine);
+    return rows == 1 ? V{} + across<T, T>(part[0], combine) : across_each<lanes, lanes>(part, combine);
   }
 
   // How much more than total is left at lambda, and the sum of u of what is left, of some rows.
@@ -373,12 +490,9 @@ class MetricRows {
 
   [[gnu::noinline]] void climb_on(int rows, Climb& climb, V (&part)[lanes], V (&part_u)[lanes], V excess, V inside) {
     for (int l = 0; l < lanes; ++l) climb.going[l] = l < rows ? -1 : 0;
-    for (int readings = 1;; ++readings) {
-      climb.step(excess, inside, total_);
-      if (readings == Climb::most_readings || !any(climb.going)) break;
-      read(rows, climb.lambda, climb.going, part, part_u, excess, inside);
-    }
-    climb.off |= climb.going;
+    climb.go_on(excess, inside, total_, [&](V lambda, Mask going, V& excess, V& inside) CO_INLINE {
+      read(rows, lambda, going, part, part_u, excess, inside);
+    });
     if (any(climb.off)) project_anew(climb);
   }
 

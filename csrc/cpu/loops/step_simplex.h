@@ -1,8 +1,7 @@
 // A step of Adam along rows of a simplex, block by block: the moments after the gradient, and the row projected from
-// where Adam goes, in Adam's metric.
+// where Adam goes, in Adam's metric. Rows that follow each other in memory are read there, and once, if they are two
+// vectors long or more, or an even share of one. Others go through tiles or copies, after a pass for their moments.
 #pragma once
-
-#include <array>
 
 #include "projection_in_metric.h"
 #include "step_rows.h"
@@ -11,36 +10,70 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
+// A block in memory, in the compute type.
 template <bool amsgrad, typename T>
-[[gnu::noinline]] void moments_loop(const Adam<T> adam, int64_t n, const T* __restrict grad, const T* __restrict x,
-                                    T* __restrict m, T* __restrict v, T* __restrict largest_v) {
-  in_strides(
-      n, [&](int64_t i) CO_INLINE { fetch_ahead(i, grad, x, m, v); },
-      [&](int64_t i) CO_INLINE {
-        Moments<T> moments{m[i], v[i], T(0)};
-        if constexpr (amsgrad) moments.largest_v = largest_v[i];
-        adam_moments<amsgrad>(adam, grad[i] * adam.grad_factor, x[i], moments);
-        m[i] = moments.m;
-        v[i] = moments.v;
-        if constexpr (amsgrad) largest_v[i] = moments.largest_v;
-      });
-}
+struct SimplexBlock {
+  using V = Vector<T>;
+  using Mask = decltype(V{} == V{});
 
-// The rows of one block after another, [outer, length, inner], in place of x.
-template <typename T>
-class MetricProjection {
+  int64_t n;
+  const T* grad;
+  T *x, *m, *v, *largest_v;  // largest_v: with amsgrad
+
+  // Moments after the gradient, of the vector at i, of which only what is fresh is written. Returns the v of which the
+  // metric is made.
+  CO_HD V step_moments(const Adam<T>& adam, int64_t i, Mask fresh, V& new_m) const {
+    if (n >= loop_chunk) {
+      fetch_ahead<width<T>>(i, grad, x, m, v);
+      if constexpr (amsgrad) fetch_ahead<width<T>>(i, largest_v);
+    }
+    Moments<V> moments{load(m + i), load(v + i), V{}};
+    if constexpr (amsgrad) moments.largest_v = load(largest_v + i);
+    const Moments<V> before = moments;
+    const V of_metric = adam_moments<amsgrad>(adam, load(grad + i) * adam.grad_factor, load(x + i), moments);
+    store(m + i, fresh ? moments.m : before.m);
+    store(v + i, fresh ? moments.v : before.v);
+    if constexpr (amsgrad) store(largest_v + i, fresh ? moments.largest_v : before.largest_v);
+    new_m = moments.m;
+    return of_metric;
+  }
+
+  // run(block) for all whole `batch`es and, on copies with neighbours of no account, for what is left.
+  template <int batch, typename Run>
+  CO_HD void in_batches(const Run& run) const {
+    const int64_t whole = n / batch * batch, rest = n - whole;
+    if (whole > 0) run(SimplexBlock{whole, grad, x, m, v, largest_v});
+    if (rest == 0) return;
+    T copies[5][batch];
+    const T* const from[] = {grad, x, m, v, largest_v};
+    for (int j = 0; j < 4 + amsgrad; ++j) {
+      std::fill_n(copies[j] + rest, batch - rest, T(1));
+      std::copy_n(from[j] + whole, rest, copies[j]);
+    }
+    run(SimplexBlock{batch, copies[0], copies[1], copies[2], copies[3], copies[4]});
+    T* const to[] = {x, m, v, largest_v};
+    for (int j = 0; j < 3 + amsgrad; ++j) std::copy_n(copies[1 + j], rest, to[j] + whole);
+  }
+};
+
+template <bool amsgrad, typename T>
+class SimplexStep {
+  using V = Vector<T>;
+  using Block = SimplexBlock<amsgrad, T>;
   static constexpr int64_t longest_in_tile = 1024;
 
  public:
-  static constexpr int64_t shortest_row = 2 * width<T>;  // of those that are not brought into tiles
+  static constexpr int64_t shortest_row = 2 * width<T>;  // of those that stay where they lie, whatever their length
 
-  MetricProjection(const Adam<T>& adam, T total, const RowLayout& rows, const StepBlocks& blocks)
+  SimplexStep(const Adam<T>& adam, T total, const RowLayout& rows, const StepBlocks& blocks)
       : adam_(adam),
         total_(total),
         length_(rows.length),
-        in_tiles_(length_ < shortest_row || (rows.inner > 1 && length_ <= longest_in_tile)),
+        in_lanes_(rows.inner == 1 ? pick_in_lanes(rows.length) : nullptr),
+        in_tiles_(!in_lanes_ && (rows.inner == 1 ? length_ < shortest_row : length_ <= longest_in_tile)),
         at_once_(std::min<int64_t>(blocks.outers, MetricRows<T>::lanes)),
-        memory_(in_tiles_         ? 3
+        memory_(in_lanes_         ? 0
+                : in_tiles_       ? 3
                 : rows.inner == 1 ? 2
                                   : 5,
                 in_tiles_ ? length_ : MetricRows<T>::room(length_), in_tiles_ ? RowUnits::lanes : at_once_) {
@@ -49,53 +82,100 @@ class MetricProjection {
       for (int i = 0; i < 3; ++i) std::fill_n(memory_.at(i), length_ * RowUnits::lanes, T(1));  // lanes without a row
   }
 
-  // v is the one of which the metric is made. `ahead`: what is read next, laid out as the rows are; or nulls.
-  void operator()(const RowLayout& rows, T* x, const T* m, const T* v, const std::array<const T*, 4>& ahead) {
+  // `more`: what is read next follows in memory.
+  void operator()(const RowLayout& rows, const Block& block, bool more) {
+    if (in_lanes_) return in_lanes_(adam_, total_, block);
+    if (!in_tiles_ && rows.inner == 1) return in_rows(rows.outer, block);
+    step_moments(adam_, block);
     if (in_tiles_)
-      project_tiles(rows, x, m, v, ahead);
-    else if (rows.inner == 1)
-      project_rows(rows.outer, x, m, v);
+      project_tiles(rows, block, more);
     else
-      project_apart(rows, x, m, v);
+      project_apart(rows, block);
   }
 
  private:
+  using InLanes = void (*)(const Adam<T>&, T total, const Block&);
+  static constexpr auto everything = V{} == V{};
+
+  template <int length>
+  [[gnu::noinline]] static void in_lanes(const Adam<T>& of, T total, const Block& all) {
+    constexpr int batch = length * width<T>;
+    const Adam<T> adam = of;  // a local, which no store can change
+    const MetricLanes<T, length> rows(adam, total);
+    all.template in_batches<batch>([&](const Block block) {
+      for (int64_t i = 0; i < block.n; i += batch) {
+        V x[length], m[length], v[length];
+        for (int j = 0; j < length; ++j) {
+          const int64_t at = i + j * width<T>;
+          v[j] = block.step_moments(adam, at, everything, m[j]);
+          x[j] = load(block.x + at);
+        }
+        rows.project(x, m, v);
+        for (int j = 0; j < length; ++j) store(block.x + i + j * width<T>, x[j]);
+      }
+    });
+  }
+
+  static InLanes pick_in_lanes(int64_t length) {
+    InLanes picked = nullptr;
+    const auto consider = [&](auto lanes) {
+      if constexpr (lanes <= width<T>)
+        if (length == lanes) picked = in_lanes<lanes>;
+    };
+    consider(std::integral_constant<int, 2>());
+    consider(std::integral_constant<int, 4>());
+    consider(std::integral_constant<int, 8>());
+    consider(std::integral_constant<int, 16>());
+    return picked;
+  }
+
+  void in_rows(int64_t count, const Block& block) {
+    const Adam<T> adam = adam_;
+    MetricRows<T> rows(adam, total_, length_, memory_.at(0), memory_.at(1));
+    for (int64_t row = 0; row < count; row += at_once_) {
+      const int64_t first = row * length_;
+      const auto v_at = [&](int64_t i, typename Block::Mask fresh) CO_INLINE {
+        V m;
+        return block.step_moments(adam, first + i, fresh, m);
+      };
+      rows.project(static_cast<int>(std::min(at_once_, count - row)), v_at, block.x + first, block.m + first,
+                   block.x + first);
+    }
+  }
+
+  [[gnu::noinline]] static void step_moments(const Adam<T>& of, const Block& all) {
+    const Adam<T> adam = of;
+    all.template in_batches<group<T>>([&](const Block block) {
+      for (int64_t i = 0; i < block.n; i += width<T>) {
+        V m;
+        block.step_moments(adam, i, everything, m);
+      }
+    });
+  }
+
+  static const T* of_metric(const Block& block) { return amsgrad ? block.largest_v : block.v; }
+
   // As much of what is read next as is projected now, so that it is on its way to the second-level cache meanwhile:
   // each second line, since a processor fetches that one's neighbour, too.
-  CO_HD static void fetch_next(const std::array<const T*, 4>& ahead, int64_t first, int64_t n) {
-    if (!ahead[0]) return;
-    for (const T* operand : ahead) {
-      const uintptr_t begin = reinterpret_cast<uintptr_t>(operand + first);
+  CO_HD static void fetch_next(const Block& block, int64_t first, int64_t n) {
+    for (const T* operand :
+         {block.grad, static_cast<const T*>(block.x), static_cast<const T*>(block.m), static_cast<const T*>(block.v)}) {
+      const uintptr_t begin = reinterpret_cast<uintptr_t>(operand + block.n + first);
       for (uintptr_t at = begin; at < begin + n * sizeof(T); at += 128)
         __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
     }
   }
 
-  void project_tiles(const RowLayout& layout, T* x, const T* m, const T* v, const std::array<const T*, 4>& ahead) {
+  void project_tiles(const RowLayout& layout, const Block& block, bool more) {
     const RowUnits units(layout, longest_in_tile);
     for (int64_t unit = 0; unit < units.count; ++unit) {
       const TileRows rows(layout, units, unit);
-      rows.load(x, memory_.at(0));
-      rows.load(v, memory_.at(1));
-      rows.load(m, memory_.at(2));
-      fetch_next(ahead, rows.first, rows.count * rows.length);
-      switch (length_) {
-        case 2:
-          project_columns<2>();
-          break;
-        case 3:
-          project_columns<3>();
-          break;
-        case 4:
-          project_columns<4>();
-          break;
-        case 8:
-          project_columns<8>();
-          break;
-        default:
-          project_columns<0>();
-      }
-      rows.store(memory_.at(0), x);
+      rows.load(block.x, memory_.at(0));
+      rows.load(of_metric(block), memory_.at(1));
+      rows.load(block.m, memory_.at(2));
+      if (more) fetch_next(block, rows.first, rows.count * rows.length);
+      length_ == 3 ? project_columns<3>() : project_columns<0>();
+      rows.store(memory_.at(0), block.x);
     }
   }
 
@@ -106,76 +186,86 @@ class MetricProjection {
           .template project<n>();
   }
 
-  void project_rows(int64_t count, T* x, const T* m, const T* v) {
-    MetricRows<T> rows(adam_, total_, length_, memory_.at(0), memory_.at(1));
-    for (int64_t row = 0; row < count; row += at_once_) {
-      const int64_t n = std::min(at_once_, count - row), at = row * length_;
-
-      rows.project(static_cast<int>(n), x + at, m + at, v + at, x + at);
-    }
-  }
-
   // Long rows with neighbours side by side, by copies of one at a time.
-  void project_apart(const RowLayout& layout, T* x, const T* m, const T* v) {
+  void project_apart(const RowLayout& layout, const Block& block) {
     MetricRows<T> rows(adam_, total_, length_, memory_.at(0), memory_.at(1));
-    T* const copies[] = {memory_.at(2), memory_.at(3), memory_.at(4)};
+    T *const x = memory_.at(2), *const m = memory_.at(3), *const v = memory_.at(4);
+    const auto v_at = [v](int64_t i, typename Block::Mask) CO_INLINE { return load(v + i); };
     for (int64_t row = 0; row < layout.outer * layout.inner; ++row) {
       const int64_t first = row / layout.inner * length_ * layout.inner + row % layout.inner;
-      const T* const from[] = {x + first, m + first, v + first};
-      for (int i = 0; i < 3; ++i) read_numbers(from[i], layout.inner, length_, copies[i]);
-      rows.project(1, copies[0], copies[1], copies[2], copies[0]);
-      write_numbers(copies[0], length_, x + first, layout.inner);
+      read_numbers(block.x + first, layout.inner, length_, x);
+      read_numbers(block.m + first, layout.inner, length_, m);
+      read_numbers(of_metric(block) + first, layout.inner, length_, v);
+      rows.project(1, v_at, x, m, x);
+      write_numbers(x, length_, block.x + first, layout.inner);
     }
   }
 
   const Adam<T> adam_;
   const T total_;
   const int64_t length_;
+  const InLanes in_lanes_;  // null unless rows share vectors evenly
   const bool in_tiles_;
-  const int64_t at_once_;  // rows that are not in tiles
+  const int64_t at_once_;  // rows that are neither
   const Tiles<T> memory_;
 };
 
-template <typename Storage, typename State>
-void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+template <bool amsgrad, typename Storage, typename State>
+void step_in_metric(const StepSlot& slot, const void* grads, const Adam<compute_t<Storage>>& adam, int64_t begin,
+                    int64_t end) {
   using T = compute_t<Storage>;
   // The plan counts blocks of whole tiles, which only rows in tiles want.
-  const StepBlocks planned(slot.rows), of_metric(slot.rows, MetricProjection<T>::shortest_row);
-  const StepBlocks& blocks = numbers.euclidean ? planned : of_metric;
-  const int64_t ratio = planned.outers / blocks.outers;
-  const auto adam = numbers.adam.as<T>();
+  const StepBlocks blocks(slot.rows, SimplexStep<amsgrad, T>::shortest_row);
+  const int64_t ratio = StepBlocks(slot.rows).outers / blocks.outers;
   const StepScratch<T> scratch(slot, blocks, 5);
-  const auto moments = slot.max_exp_avg_sq ? moments_loop<true, T> : moments_loop<false, T>;
-  const auto project_euclidean = projection_loop(Projection::forward, dtype_of<T>);
-  MetricProjection<T> project(adam, T(slot.total), slot.rows, blocks);
+  SimplexStep<amsgrad, T> step(adam, T(slot.total), slot.rows, blocks);
   for (int64_t index = begin * ratio; index < std::min(end * ratio, blocks.count); ++index) {
     const StepBlock block(slot.rows, blocks, index);
     const int64_t n = block.numel();
     Storage* param = static_cast<Storage*>(slot.param);
     State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
           *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
+    const SimplexBlock<amsgrad, T> in_compute{n,
+                                              block.open(static_cast<const Storage*>(grads), scratch.at(0)),
+                                              block.open(param, scratch.at(1)),
+                                              block.open(exp_avg, scratch.at(2)),
+                                              block.open(exp_avg_sq, scratch.at(3)),
+                                              amsgrad ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr};
+    // More at a time than this a processor has no places for.
+    const bool more = n <= StepBlocks::elements && block.in_place<Storage, T>() && block.in_place<State, T>();
+    step(block.local, in_compute, more);
+    block.close(param, in_compute.x);
+    block.close(exp_avg, in_compute.m);
+    block.close(exp_avg_sq, in_compute.v);
+    if constexpr (amsgrad) block.close(max_exp_avg_sq, in_compute.largest_v);
+  }
+}
+
+template <typename Storage, typename State>
+void step_euclidean(const StepSlot& slot, const void* grads, const Adam<compute_t<Storage>>& adam, int64_t begin,
+                    int64_t end) {
+  using T = compute_t<Storage>;
+  const StepBlocks blocks(slot.rows);
+  const StepScratch<T> scratch(slot, blocks, 3);
+  const auto project = projection_loop(Projection::forward, dtype_of<T>);
+  for (int64_t index = begin; index < end; ++index) {
+    const StepBlock block(slot.rows, blocks, index);
+    Storage* param = static_cast<Storage*>(slot.param);
     const T* grad = block.open(static_cast<const Storage*>(grads), scratch.at(0));
-    T* x = block.open(param, scratch.at(1));
-    if (numbers.euclidean) {
-      T* y = scratch.at(2);  // this projection does not work in place
-      std::copy_n(x, n, y);
-      step_block<State>(slot, adam, block, grad, y);
-      project_euclidean({block.local, {y}, {x}, slot.total}, 0, projection_units(block.local, true).count);
-    } else {
-      T *m = block.open(exp_avg, scratch.at(2)), *v = block.open(exp_avg_sq, scratch.at(3)),
-        *largest_v = max_exp_avg_sq ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr;
-      moments(adam, n, grad, x, m, v, largest_v);
-      block.close(exp_avg, m);
-      block.close(exp_avg_sq, v);
-      if (max_exp_avg_sq) block.close(max_exp_avg_sq, largest_v);
-      // The next block meanwhile, unless that is more at a time than a processor has places for.
-      std::array<const T*, 4> ahead = {};
-      if (n <= StepBlocks::elements && block.in_place<Storage, T>() && block.in_place<State, T>())
-        ahead = {grad + n, x + n, m + n, v + n};
-      project(block.local, x, m, largest_v ? largest_v : v, ahead);
-    }
+    T *x = block.open(param, scratch.at(1)), *y = scratch.at(2);  // this projection does not work in place
+    std::copy_n(x, block.numel(), y);
+    step_block<State>(slot, adam, block, grad, y);
+    project({block.local, {y}, {x}, slot.total}, 0, projection_units(block.local, true).count);
     block.close(param, x);
   }
+}
+
+template <typename Storage, typename State>
+void step_simplex(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  const auto step = numbers.euclidean     ? step_euclidean<Storage, State>
+                    : slot.max_exp_avg_sq ? step_in_metric<true, Storage, State>
+                                          : step_in_metric<false, Storage, State>;
+  step(slot, grads, numbers.adam.as<compute_t<Storage>>(), begin, end);
 }
 
 }  // namespace

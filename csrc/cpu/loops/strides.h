@@ -14,12 +14,12 @@ constexpr int64_t stride = 32;  // numbers: several vectors of independent work 
 // Asks for the stride that comes a chunk after i: a processor foresees what is read next only within a page, and it has
 // many operands to follow here.
 constexpr int64_t loop_chunk = 512;
-template <typename... T>
+template <int64_t numbers = stride, typename... T>
 CO_HD void fetch_ahead(int64_t i, const T*... operands) {
   const auto fetch = [i](const auto* operand) CO_INLINE {
     const uintptr_t from = reinterpret_cast<uintptr_t>(operand) + (i + loop_chunk) * sizeof(*operand);
 #pragma GCC unroll 4
-    for (uintptr_t line = 0; line < stride * sizeof(*operand); line += 64)
+    for (uintptr_t line = 0; line < numbers * sizeof(*operand); line += 64)
       __builtin_prefetch(reinterpret_cast<const void*>(from + line));
   };
   (fetch(operands), ...);
