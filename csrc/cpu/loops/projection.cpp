@@ -111,19 +111,27 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
   T *const x = tiles.at(0), *const weight = weighted ? tiles.at(1) : nullptr;
   if (weighted) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
+  // Rows of a vector and more are finished where they lie, in place of being brought back.
+  const bool brought_back = weighted || call.layout.inner != 1 || length < width<T> || !std::is_same_v<Storage, T>;
+  LaneRoots<T> roots;
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
-    rows.load(static_cast<const Storage*>(call.inputs[0]), x);
+    const Storage* from = static_cast<const Storage*>(call.inputs[0]);
+    Storage* to = static_cast<Storage*>(call.outputs[0]);
+    rows.load(from, x);
     std::fill(x + length * tiles.lanes, x + padded * tiles.lanes, padding<T>);
     if (weighted) rows.load(static_cast<const Storage*>(call.inputs[1]), weight);
     fetch_next<1 + weighted, 1, Storage>(call, units, unit, end);
     if constexpr (weighted)
       project_sorted<n>(x, weight, T(call.total));
     else if (length <= n)
-      project_sorted<n>(x, T(call.total));
+      project_sorted<n>(x, T(call.total), brought_back ? nullptr : &roots);
     else
-      project_largest(length, x, T(call.total), scratch);
-    rows.store(x, static_cast<Storage*>(call.outputs[0]));
+      project_largest(length, x, T(call.total), scratch, brought_back ? nullptr : &roots);
+    if (brought_back)
+      rows.store(x, to);
+    else if constexpr (std::is_same_v<Storage, T>)
+      roots.values(rows.count, length, from + rows.first, to + rows.first);
   }
 }
 

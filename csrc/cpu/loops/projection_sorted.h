@@ -117,13 +117,44 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
 template <typename T>
 constexpr T padding = -std::numeric_limits<T>::infinity();  // never of the support
 
+// lambda of each lane of a tile.
+template <typename T>
+struct LaneRoots {
+  T high[RowUnits::lanes], low[RowUnits::lanes];
+
+  CO_HD void set(int64_t lane, Vector<T> anchor, Vector<T> of_high, Vector<T> of_low) {
+    Vector<T> rest;
+    store(high + lane, two_sum(anchor, of_high, rest));
+    store(low + lane, of_low + rest);
+  }
+
+  // y of rows that follow each other, each at least a vector long; elsewhere than x.
+  void values(int64_t rows, int64_t length, const T* x, T* y) const {
+    const auto vector = [=, this](int64_t row, int64_t k) CO_INLINE {
+      const Vector<T> of_high = Vector<T>{} + high[row], of_low = Vector<T>{} + low[row];
+      store(y + k, value_of_rest(projection_rest<false>(load(x + k), Vector<T>{}, of_high, of_low)));
+    };
+    if (length == width<T>) {
+#pragma GCC unroll 4
+      for (int64_t r = 0; r < rows; ++r) vector(r, r * width<T>);
+      return;
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t end = (r + 1) * length;
+      int64_t k = r * length;
+      for (; k + width<T> <= end; k += width<T>) vector(r, k);
+      if (k < end) vector(r, end - width<T>);
+    }
+  }
+};
+
 // How many vectors of rows to take at a time: what one waits for, another has at hand.
 template <int n, bool weighted>
 constexpr int vectors_at_once = (weighted ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
 
-// Rows of n numbers, padded where they are shorter.
+// Rows of n numbers, padded where they are shorter. To `roots` instead of the tile, unless that is null.
 template <int n, typename T>
-[[gnu::noinline]] void project_sorted(T* tile, T total) {
+[[gnu::noinline]] void project_sorted(T* tile, T total, LaneRoots<T>* roots) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr int count = vectors_at_once<n, false>;
@@ -146,7 +177,9 @@ template <int n, typename T>
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[v][k] = (load(place(v, k)) - top[v]) - high[v];
       low[v] = root_correction<false>(total, x[v], nullptr);
+      if (roots) roots->set(columns - tile + v * width<T>, top[v], high[v], low[v]);
     }
+    if (roots) continue;
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
@@ -252,7 +285,8 @@ template <int n, typename T>
 
 // Longer rows, padded to whole blocks. Few rows have a support that is not among the largest of them; those climb on.
 template <typename T>
-[[gnu::noinline]] void project_largest(int64_t length, T* tile, T total, ProjectionScratch& scratch) {
+[[gnu::noinline]] void project_largest(int64_t length, T* tile, T total, ProjectionScratch& scratch,
+                                       LaneRoots<T>* roots) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   for (T* columns = tile; columns < tile + lanes; columns += group<T>) {
@@ -283,19 +317,24 @@ template <typename T>
       ProjectionBlocks<false, T> blocks(length, lanes, {x, x}, {nullptr}, {});
       ascend<false, false>(blocks, total, scratch.live(), at);
     }
-    V sum[2] = {};
-    const auto each = [=](const auto& change) CO_INLINE {
+    const auto each = [=](const auto& body) CO_INLINE {
       for (int64_t k = 0; k < length; ++k)
-        for (int v = 0; v < 2; ++v) change(columns + k * lanes + v * width<T>, v);
+        for (int v = 0; v < 2; ++v) body(columns + k * lanes + v * width<T>, v);
     };
+    V numbers[2] = {};  // NaN where a row has one, which was lost where only larger ones were kept
+    each([&](T* p, int v) CO_INLINE {
+      const V x = load(p);
+      numbers[v] = x == x ? numbers[v] : x;
+    });
+    for (int v = 0; v < 2; ++v) {
+      at[v].low += numbers[v];
+      if (roots) roots->set(columns - tile + v * width<T>, at[v].anchor, at[v].high, at[v].low);
+    }
+    if (roots) continue;
     each([&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
-      const V y = value_of_rest(rest_at<false>(at[v], total, load(p), u));
-      store(p, y);
-      sum[v] += y;
+      store(p, value_of_rest(rest_at<false>(at[v], total, load(p), u)));
     });
-    if (any(sum[0] != sum[0]) || any(sum[1] != sum[1]))  // a NaN, lost where only larger ones were kept
-      each([&](T* p, int v) CO_INLINE { store(p, sum[v] == sum[v] ? load(p) : sum[v]); });
   }
 }
 
