@@ -311,6 +311,27 @@ def test_floors_are_told_met_or_not(benchmarks, tmp_path, capsys):
     assert "| bounded | 8 | `eager` | 1.15x | 0.50x |" in lines
 
 
+# --- The bytes alone ----------------------------------------------------------------------------------------------
+
+
+def test_the_bytes_alone(benchmarks, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    alone = import_module("benchmarks.bytes_alone")
+    loop = alone.compiled_loop()
+    for with_result in (False, True):
+        for ahead, past_caches in alone.LOOPS.values():
+            step = alone.loop_step(loop, (40000,), with_result, ahead, past_caches)
+            grad, *before = [t.clone() for t in step.results()]
+            step.run()
+            _, *after = step.results()
+            want = [grad - t for t in before[:3]]
+            assert all(map(torch.equal, after, [*want, *want[:with_result]]))
+    assert alone.main(["--quick"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [["| step_box", "65536"], ["| step_raw", "65536"]]
+    assert all(line.count("|") == len(alone.HEADS) + 1 for line in lines)
+
+
 # --- Pictures ------------------------------------------------------------------------------------------------------
 
 
