@@ -3,8 +3,9 @@
 //   d = sqrt(v) root_scale + eps, none less than its share of the row's largest,   u = 1 / d,   z = x - step_size m u,
 //
 // it is y = max(0, z - lambda u) as in csrc/math/projection.h. Newton's method starts from the support that x has: that
-// has a lambda no larger than the wanted one, and mostly is the support of y already. MetricColumns takes rows as the
-// columns of a tile, MetricRows as they lie in memory. A row's result is the same whatever lies beside it.
+// has a lambda no larger than the wanted one, and mostly is the support of y already. MetricLanes takes rows that share
+// vectors, MetricRows longer ones as they lie in memory, MetricColumns rows as the columns of a tile. A row's result is
+// the same whatever lies beside it.
 #pragma once
 
 #include <memory>
