@@ -112,7 +112,7 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
   if (weighted) std::fill(weight + length * tiles.lanes, weight + padded * tiles.lanes, T(1));
   ProjectionScratch scratch(length);
   // Rows of a vector and more are finished where they lie, in place of being brought back.
-  const bool brought_back = weighted || call.layout.inner != 1 || length < width<T> || !std::is_same_v<Storage, T>;
+  const bool to_roots = !weighted && call.layout.inner == 1 && length >= width<T> && std::is_same_v<Storage, T>;
   LaneRoots<T> roots;
   for (int64_t unit = begin; unit < end; ++unit) {
     const TileRows rows(call.layout, units, unit);
@@ -124,14 +124,15 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
     fetch_next<1 + weighted, 1, Storage>(call, units, unit, end);
     if constexpr (weighted)
       project_sorted<n>(x, weight, T(call.total));
-    else if (length <= n)
-      project_sorted<n>(x, T(call.total), brought_back ? nullptr : &roots);
+    else if (length > n)
+      project_largest(length, x, T(call.total), scratch, to_roots, roots);
+    else if (to_roots)
+      project_sorted<n, true>(x, T(call.total), roots);
     else
-      project_largest(length, x, T(call.total), scratch, brought_back ? nullptr : &roots);
-    if (brought_back)
-      rows.store(x, to);
-    else if constexpr (std::is_same_v<Storage, T>)
-      roots.values(rows.count, length, from + rows.first, to + rows.first);
+      project_sorted<n, false>(x, T(call.total), roots);
+    if constexpr (std::is_same_v<Storage, T>)
+      if (to_roots) roots.values(rows.count, length, from + rows.first, to + rows.first);
+    if (!to_roots) rows.store(x, to);
   }
 }
 

@@ -103,13 +103,20 @@ CO_HD V root_of_largest(const V (&x)[n], V top, T total) {
 template <bool weighted, typename V, int n, typename T>
 CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<V>* u) {
   V excess = V{} - total, lost = {}, slope = {};
-  const auto u_of = [=](int k) CO_INLINE { return rest[k] > V{} ? (weighted ? u[k] : V{} + T(1)) : V{}; };
-#pragma GCC unroll 8
-  for (int k = 0; k < n; k += 2) {
-    slope += u_of(k) + u_of(k + 1);
+  constexpr int together = std::min(n, 4);
+#pragma GCC unroll 4
+  for (int start = 0; start < n; start += together) {
+    V sums[2] = {}, slopes[2] = {};
+#pragma GCC unroll 4
+    for (int k = start; k < start + together; ++k) {
+      const V u_k = weighted ? u[k] : V{} + T(1);
+      sums[k % 2] += value_of_rest(rest[k]);
+      slopes[k % 2] = rest[k] > V{} ? slopes[k % 2] + u_k : slopes[k % 2];
+    }
     V rounding;
-    excess = two_sum(excess, value_of_rest(rest[k]) + value_of_rest(rest[k + 1]), rounding);
+    excess = two_sum(excess, sums[0] + sums[1], rounding);
     lost += rounding;
+    slope += slopes[0] + slopes[1];
   }
   return weighted ? (excess + lost) / slope : (excess + lost) * reciprocal(slope);  // weights may be of any size
 }
@@ -152,9 +159,9 @@ struct LaneRoots {
 template <int n, bool weighted>
 constexpr int vectors_at_once = (weighted ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
 
-// Rows of n numbers, padded where they are shorter. To `roots` instead of the tile, unless that is null.
-template <int n, typename T>
-[[gnu::noinline]] void project_sorted(T* tile, T total, LaneRoots<T>* roots) {
+// Rows of n numbers, padded where they are shorter. To `roots` instead of the tile if it is asked for.
+template <int n, bool to_roots, typename T>
+[[gnu::noinline]] void project_sorted(T* tile, T total, LaneRoots<T>& roots) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   constexpr int count = vectors_at_once<n, false>;
@@ -175,11 +182,11 @@ template <int n, typename T>
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) x[v][k] = (load(place(v, k)) - top[v]) - high[v];
+      for (int k = 0; k < n; ++k) x[v][k] = ((to_roots ? x[v][k] : load(place(v, k))) - top[v]) - high[v];
       low[v] = root_correction<false>(total, x[v], nullptr);
-      if (roots) roots->set(columns - tile + v * width<T>, top[v], high[v], low[v]);
+      if (to_roots) roots.set(columns - tile + v * width<T>, top[v], high[v], low[v]);
     }
-    if (roots) continue;
+    if (to_roots) continue;
 #pragma GCC unroll 2
     for (int v = 0; v < count; ++v) {
 #pragma GCC unroll 16
@@ -285,8 +292,8 @@ template <int n, typename T>
 
 // Longer rows, padded to whole blocks. Few rows have a support that is not among the largest of them; those climb on.
 template <typename T>
-[[gnu::noinline]] void project_largest(int64_t length, T* tile, T total, ProjectionScratch& scratch,
-                                       LaneRoots<T>* roots) {
+[[gnu::noinline]] void project_largest(int64_t length, T* tile, T total, ProjectionScratch& scratch, bool to_roots,
+                                       LaneRoots<T>& roots) {
   using V = Vector<T>;
   constexpr int64_t lanes = RowUnits::lanes;
   for (T* columns = tile; columns < tile + lanes; columns += group<T>) {
@@ -328,9 +335,9 @@ template <typename T>
     });
     for (int v = 0; v < 2; ++v) {
       at[v].low += numbers[v];
-      if (roots) roots->set(columns - tile + v * width<T>, at[v].anchor, at[v].high, at[v].low);
+      if (to_roots) roots.set(columns - tile + v * width<T>, at[v].anchor, at[v].high, at[v].low);
     }
-    if (roots) continue;
+    if (to_roots) continue;
     each([&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
       store(p, value_of_rest(rest_at<false>(at[v], total, load(p), u)));
