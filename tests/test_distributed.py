@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import re
 import traceback
 from collections.abc import Callable
@@ -177,6 +178,9 @@ def enter(rank: int, folder: str) -> None:
             Path(folder, f"{worker.__name__}.{rank}").write_text(outcome)
     finally:
         dist.destroy_process_group()
+    # All outcomes are written. Threads of gloo may still hold tensors, and an interpreter that goes down then aborts:
+    # PyTorch's issue 65231 and pull request 179291.
+    os._exit(0)
 
 
 @pytest.fixture(scope="module")
