@@ -126,8 +126,8 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
       project_sorted<n>(x, weight, T(call.total));
     else if (length > n)
       project_largest(length, x, T(call.total), scratch, to_roots, roots);
-    else if (to_roots)
-      project_sorted<n, true>(x, T(call.total), roots);
+    else if (to_roots)  // never where n is less than a vector
+      project_sorted<n, (n >= width<T>)>(x, T(call.total), roots);
     else
       project_sorted<n, false>(x, T(call.total), roots);
     if constexpr (std::is_same_v<Storage, T>)
