@@ -104,7 +104,7 @@ template <int n, bool weighted, typename Storage>
 void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
   const int64_t length = call.layout.length;
-  if constexpr (n < most_sorted<weighted>)
+  if constexpr (n < sorted_block)
     if (length > n) return run_sorted<2 * n, weighted, Storage>(call, units, begin, end);
   const int64_t padded = length <= n ? n : (length + sorted_block - 1) / sorted_block * sorted_block;
   const Tiles<T> tiles(1 + weighted, padded, call.layout);
@@ -124,12 +124,12 @@ void run_sorted(const ProjectionCall& call, const RowUnits& units, int64_t begin
     fetch_next<1 + weighted, 1, Storage>(call, units, unit, end);
     if constexpr (weighted)
       project_sorted<n>(x, weight, T(call.total));
-    else if (length > n)
+    else if (length > 2 * sorted_block)
       project_largest(length, x, T(call.total), scratch, to_roots, roots);
-    else if (to_roots)  // never where n is less than a vector
-      project_sorted<n, (n >= width<T>)>(x, T(call.total), roots);
+    else if (to_roots)  // never of up to n where n is less than a vector
+      (length > n ? project_two_blocks<true, T> : project_sorted<n, (n >= width<T>), T>)(x, T(call.total), roots);
     else
-      project_sorted<n, false>(x, T(call.total), roots);
+      (length > n ? project_two_blocks<false, T> : project_sorted<n, false, T>)(x, T(call.total), roots);
     if constexpr (std::is_same_v<Storage, T>)
       if (to_roots) roots.values(rows.count, length, from + rows.first, to + rows.first);
     if (!to_roots) rows.store(x, to);
@@ -194,7 +194,7 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
     constexpr bool weighted = Rows::is_weighted;
     if (call.layout.inner == 1 && length >= shortest_side_by_side<weighted>)
       return run_side_by_side<weighted, Storage>(call, begin, end);
-    if (!weighted || length <= most_sorted<weighted>) return run_sorted<2, weighted, Storage>(call, units, begin, end);
+    if (!weighted || length <= sorted_block) return run_sorted<2, weighted, Storage>(call, units, begin, end);
   }
   const Tiles<T> tiles(Rows::inputs, length, call.layout);
   ProjectionScratch scratch(length);

@@ -11,9 +11,7 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-template <bool weighted>
-constexpr int most_sorted = weighted ? 8 : 16;  // elements of a row
-constexpr int64_t sorted_block = 8;             // of longer rows
+constexpr int64_t sorted_block = 8;  // elements of a row
 
 // Batcher's odd-even merge sort of n numbers, as pairs to compare.
 template <int n>
@@ -72,16 +70,23 @@ CO_HD V largest_of(const V* z) {
     return larger_of(largest_of<n / 2>(z), largest_of<n / 2>(z + n / 2));
 }
 
-// z becomes the larger half of it and `other`, both falling.
+// The same of numbers that first fall and then rise, or the other way round.
 template <typename V, int n>
-CO_HD void merge_larger(V (&z)[n], const V (&other)[n]) {
-#pragma GCC unroll 8
-  for (int k = 0; k < n; ++k) z[k] = larger_of(z[k], other[n - 1 - k]);
+CO_HD void sort_turning(V (&z)[n]) {
 #pragma GCC unroll 8
   for (int half = n / 2; half > 0; half /= 2)
 #pragma GCC unroll 8
     for (int k = 0; k < n; ++k)
       if (!(k & half)) put_larger_first(z[k], z[k + half]);
+}
+
+// z becomes the larger half of it and `other`, both falling. The smaller half is left in `other`, for sort_turning(). A
+// NaN stays where it is, in z or in `other`.
+template <typename V, int n>
+CO_HD void take_larger(V (&z)[n], V (&other)[n]) {
+#pragma GCC unroll 8
+  for (int k = 0; k < n; ++k) put_larger_first(z[k], other[n - 1 - k]);
+  sort_turning(z);
 }
 
 // lambda, less `top`, if the support is among these elements, largest first: the largest that any number of largest
@@ -106,12 +111,13 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
   constexpr int together = std::min(n, 4);
 #pragma GCC unroll 4
   for (int start = 0; start < n; start += together) {
-    V sums[2] = {}, slopes[2] = {};
+    V sums[2], slopes[2];
 #pragma GCC unroll 4
     for (int k = start; k < start + together; ++k) {
-      const V u_k = weighted ? u[k] : V{} + T(1);
-      sums[k % 2] += value_of_rest(rest[k]);
-      slopes[k % 2] = rest[k] > V{} ? slopes[k % 2] + u_k : slopes[k % 2];
+      const V value = value_of_rest(rest[k]), u_k = rest[k] > V{} ? (weighted ? u[k] : V{} + T(1)) : V{};
+      const bool first = k < start + 2;
+      sums[k % 2] = first ? value : sums[k % 2] + value;
+      slopes[k % 2] = first ? u_k : slopes[k % 2] + u_k;
     }
     V rounding;
     excess = two_sum(excess, sums[0] + sums[1], rounding);
@@ -119,6 +125,15 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
     slope += slopes[0] + slopes[1];
   }
   return weighted ? (excess + lost) / slope : (excess + lost) * reciprocal(slope);  // weights may be of any size
+}
+
+// The same without weights, of x less `top`.
+template <typename V, int n, typename T>
+CO_HD V root_correction(T total, const V (&x)[n], V top, V root) {
+  V rest[n];
+#pragma GCC unroll 16
+  for (int k = 0; k < n; ++k) rest[k] = (x[k] - top) - root;
+  return root_correction<false>(total, rest, nullptr);
 }
 
 template <typename T>
@@ -159,7 +174,7 @@ struct LaneRoots {
 template <int n, bool weighted>
 constexpr int vectors_at_once = (weighted ? 2 : 1) * n <= vector_registers / 4 ? 2 : 1;
 
-// Rows of n numbers, padded where they are shorter. To `roots` instead of the tile if it is asked for.
+// Rows of up to n numbers, padded where they are shorter. To `roots` instead of the tile if it is asked for.
 template <int n, bool to_roots, typename T>
 [[gnu::noinline]] void project_sorted(T* tile, T total, LaneRoots<T>& roots) {
   using V = Vector<T>;
@@ -192,6 +207,45 @@ template <int n, bool to_roots, typename T>
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) store(place(v, k), value_of_rest(x[v][k] - low[v]));
     }
+  }
+}
+
+// Rows of up to two blocks, padded where they are shorter. Few have a support that is not among the larger half.
+template <bool to_roots, typename T>
+[[gnu::noinline]] void project_two_blocks(T* tile, T total, LaneRoots<T>& roots) {
+  using V = Vector<T>;
+  constexpr int64_t lanes = RowUnits::lanes;
+  constexpr int n = sorted_block;
+  for (T* columns = tile; columns < tile + lanes; columns += width<T>) {
+    V x[2][n];
+#pragma GCC unroll 16
+    for (int k = 0; k < 2 * n; ++k) x[k / n][k % n] = load(columns + k * lanes);
+    sort_falling(x);
+    auto numbers = x[1][0] == x[1][0];
+#pragma GCC unroll 8
+    for (int k = 1; k < n; ++k) numbers &= x[1][k] == x[1][k];
+    take_larger(x[0], x[1]);
+    const V top = x[0][0];
+    V high = root_of_largest(x[0], top, total), low;
+    const auto beyond = x[0][n - 1] - top > high;
+    if (any(beyond)) {
+      sort_turning(x[1]);
+      V all[2 * n];
+#pragma GCC unroll 16
+      for (int k = 0; k < 2 * n; ++k) all[k] = x[k / n][k % n];
+      high = beyond ? root_of_largest(all, top, total) : high;
+      low = root_correction(total, all, top, high);
+    } else {
+      low = root_correction(total, x[0], top, high);
+    }
+    low = numbers ? low : V{} + std::numeric_limits<T>::quiet_NaN();
+    if (to_roots) {
+      roots.set(columns - tile, top, high, low);
+      continue;
+    }
+#pragma GCC unroll 16
+    for (int k = 0; k < 2 * n; ++k)
+      store(columns + k * lanes, value_of_rest(((load(columns + k * lanes) - top) - high) - low));
   }
 }
 
@@ -308,14 +362,11 @@ template <typename T>
       read(0, all);
       for (int64_t block = sorted_block; block < length; block += sorted_block) {
         read(block, more);
-        merge_larger(all[0], more[0]);
+        take_larger(all[0], more[0]);
       }
       const V(&x)[sorted_block] = all[0];
       const V top = x[0], high = root_of_largest(x, top, total);
-      V rest[sorted_block];
-#pragma GCC unroll 8
-      for (int k = 0; k < sorted_block; ++k) rest[k] = (x[k] - top) - high;
-      const V low = root_correction<false>(total, rest, nullptr);
+      const V low = root_correction(total, x, top, high);
       const auto beyond = x[sorted_block - 1] - top > high;
       at[v] = {top, high, low, V{} + std::numeric_limits<T>::infinity(), beyond ? V{} + T(most_readings) : V{}};
     }
