@@ -200,7 +200,7 @@ def test_masks_infinities_and_nan(length: int, weighted: bool, dtype: torch.dtyp
 @pytest.mark.parametrize("weighted", [False, True], ids=["euclidean", "weighted"])
 @pytest.mark.parametrize("length", [*range(1, 26), 31, 48, 100, 255, 256, 257])
 def test_rows_side_by_side(length: int, weighted: bool, dtype: torch.dtype) -> None:
-    """Of small, large and no support, with a NaN anywhere: each as if it were alone."""
+    """Of small, large and no support, with a NaN anywhere: each as if it were alone, or beside its like."""
     x = (torch.randn(70, length) * torch.logspace(-3, 2, 70)[:, None]).to(dtype).to(DEVICE)
     places = list(range(0, length, 1 + length // 20))
     x[[3 * i % 70 for i in range(len(places))], places] = NAN
@@ -211,8 +211,10 @@ def test_rows_side_by_side(length: int, weighted: bool, dtype: torch.dtype) -> N
     assert y[bad].isnan().all()
     assert_near(y[~bad], by_sorting(x[~bad], weight[~bad], 1.0), float(x[~bad].clamp(min=-1).abs().max()))
     for i in range(0, 70, 9):
-        alone = co.project_simplex(x[i : i + 1], weight=weight[i : i + 1] if weighted else None)[0]
-        torch.testing.assert_close(alone, y[i], rtol=0, atol=0, equal_nan=True)
+        for copies in (1, 70):
+            row, d = x[i].repeat(copies, 1), weight[i].repeat(copies, 1)
+            same = co.project_simplex(row, weight=d if weighted else None)
+            torch.testing.assert_close(same, y[i].expand_as(same), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, INF, NAN, 1e-310])

@@ -344,6 +344,40 @@ template <int n, typename T>
   }
 }
 
+// body(p, v) for the elements of two vectors of rows, which lie at p.
+template <typename T, typename Body>
+CO_HD void in_group(int64_t length, T* columns, const Body& body) {
+  for (int64_t k = 0; k < length; ++k)
+    for (int v = 0; v < 2; ++v) body(columns + k * RowUnits::lanes + v * width<T>, v);
+}
+
+// lambda of the rows of which something is left, from below it; `sum` is that of x less the anchor. The mean is below
+// it too, and near it if most of a row is of the support, as where a step has just left the simplex: two plain steps
+// from there mostly leave a single one to be taken exactly.
+template <typename T>
+[[gnu::noinline]] void ascend_from_mean(int64_t length, const T* columns, T total, const Vector<T> (&sum)[2],
+                                        ProjectionScratch& scratch, Ascent<Vector<T>> (&at)[2]) {
+  using V = Vector<T>;
+  V high[2];
+  for (int v = 0; v < 2; ++v) high[v] = larger_of(at[v].high, (sum[v] - total) / T(length));
+  for (int step = 0; step < 2; ++step) {
+    V excess[2] = {V{} - total, V{} - total}, slope[2] = {};
+    in_group(length, columns, [&](const T* p, int v) CO_INLINE {
+      const V rest = (load(p) - at[v].anchor) - high[v];
+      excess[v] += value_of_rest(rest);
+      slope[v] += rest > V{} ? V{} + T(1) : V{};
+    });
+    for (int v = 0; v < 2; ++v) high[v] += excess[v] * reciprocal(slope[v]);
+  }
+  for (int v = 0; v < 2; ++v) {
+    const auto going = at[v].left > V{};
+    at[v].high = going ? high[v] : at[v].high;
+    at[v].low = going ? V{} : at[v].low;
+  }
+  ProjectionBlocks<false, T> blocks(length, RowUnits::lanes, {columns, columns}, {nullptr}, {});
+  ascend<false, false>(blocks, total, scratch.live(), at);
+}
+
 // Longer rows, padded to whole blocks. Few rows have a support that is not among the largest of them; those climb on.
 template <typename T>
 [[gnu::noinline]] void project_largest(int64_t length, T* tile, T total, ProjectionScratch& scratch, bool to_roots,
@@ -370,26 +404,15 @@ template <typename T>
       const auto beyond = x[sorted_block - 1] - top > high;
       at[v] = {top, high, low, V{} + std::numeric_limits<T>::infinity(), beyond ? V{} + T(most_readings) : V{}};
     }
-    if (any(at[0].left > V{}) || any(at[1].left > V{})) {
-      const T* const x = columns;
-      ProjectionBlocks<false, T> blocks(length, lanes, {x, x}, {nullptr}, {});
-      ascend<false, false>(blocks, total, scratch.live(), at);
-    }
-    const auto each = [=](const auto& body) CO_INLINE {
-      for (int64_t k = 0; k < length; ++k)
-        for (int v = 0; v < 2; ++v) body(columns + k * lanes + v * width<T>, v);
-    };
-    V numbers[2] = {};  // NaN where a row has one, which was lost where only larger ones were kept
-    each([&](T* p, int v) CO_INLINE {
-      const V x = load(p);
-      numbers[v] = x == x ? numbers[v] : x;
-    });
+    V sum[2] = {};  // of x less the largest. NaN where an x is, which was lost where only larger ones were kept
+    in_group(length, columns, [&](const T* p, int v) CO_INLINE { sum[v] += load(p) - at[v].anchor; });
+    if (any(at[0].left > V{}) || any(at[1].left > V{})) ascend_from_mean(length, columns, total, sum, scratch, at);
     for (int v = 0; v < 2; ++v) {
-      at[v].low += numbers[v];
+      at[v].low = sum[v] == sum[v] ? at[v].low : sum[v];
       if (to_roots) roots.set(columns - tile + v * width<T>, at[v].anchor, at[v].high, at[v].low);
     }
     if (to_roots) continue;
-    each([&](T* p, int v) CO_INLINE {
+    in_group(length, columns, [&](T* p, int v) CO_INLINE {
       V u = V{} + T(1);
       store(p, value_of_rest(rest_at<false>(at[v], total, load(p), u)));
     });
