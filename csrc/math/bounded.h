@@ -22,16 +22,16 @@ struct Sigmoid {
   T log1p_e;
   bool upper_half;  // raw >= 0
 
-  CO_HD static Sigmoid at(T raw) {
-    const T magnitude = magnitude_of(raw);
-    const Exp<T> exponential = exp_nonpositive(-magnitude);
+  CO_HD static Exp<T> exponential(T raw) { return exp_nonpositive(-magnitude_of(raw)); }
+  CO_HD static Sigmoid at(T raw) { return of(raw, exponential(raw)); }
+  CO_HD static Sigmoid of(T raw, const Exp<T>& exponential) {
     const T e = exponential.exp;
     const T quotient = e / (T(1) + e), far = T(1) - quotient;
     const T near = quotient + far * ((e - e * quotient) - quotient);  // a step of Newton's: rounded once, not twice
     const T tanh_magnitude = -exponential.expm1 * far;
     const bool upper_half = raw >= T(0);
-    return {raw,           magnitude, e, near, far, quotient * far, upper_half ? tanh_magnitude : -tanh_magnitude,
-            log1p_unit(e), upper_half};
+    const T tanh_half = upper_half ? tanh_magnitude : -tanh_magnitude;
+    return {raw, magnitude_of(raw), e, near, far, quotient * far, tanh_half, log1p_unit(e), upper_half};
   }
 
   CO_HD T sigmoid() const { return upper_half ? far : near; }
@@ -40,7 +40,26 @@ struct Sigmoid {
   CO_HD T softplus_minus() const { return (upper_half ? T(0) : -raw) + log1p_e; }  // log(1 + exp(-raw))
 };
 
-struct Interval {
+// at() of a map that is made of it.
+template <typename Map>
+struct OfSigmoid {
+  template <typename T>
+  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+    return Map::from(Sigmoid<T>::at(raw), b);
+  }
+
+  // In two halves, for loops that have other work between them. From e alone follow x and x_raw; tanh_half cancels.
+  template <typename T>
+  CO_HD static T exponential(T raw) {
+    return Sigmoid<T>::exponential(raw).exp;
+  }
+  template <typename T>
+  CO_HD static Point<T> at(T raw, T e, const Bounds<T>& b) {
+    return Map::from(Sigmoid<T>::of(raw, {e, e - T(1)}), b);
+  }
+};
+
+struct Interval : OfSigmoid<Interval> {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     const T distance = b.width * s.near, x = s.upper_half ? b.upper - distance : b.lower + distance;
@@ -61,14 +80,9 @@ struct Interval {
     p.log_det_width_width = -b.inverse_width * b.inverse_width;
     return p;
   }
-
-  template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
-    return from(Sigmoid<T>::at(raw), b);
-  }
 };
 
-struct LowerOnly {
+struct LowerOnly : OfSigmoid<LowerOnly> {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     Point<T> p{};
@@ -81,14 +95,9 @@ struct LowerOnly {
     p.log_det_raw_raw = -s.slope;
     return p;
   }
-
-  template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
-    return from(Sigmoid<T>::at(raw), b);
-  }
 };
 
-struct UpperOnly {
+struct UpperOnly : OfSigmoid<UpperOnly> {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     Point<T> p{};
@@ -101,32 +110,26 @@ struct UpperOnly {
     p.log_det_raw_raw = -s.slope;
     return p;
   }
-
-  template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
-    return from(Sigmoid<T>::at(raw), b);
-  }
 };
 
-struct Unbounded {
+struct Unbounded : OfSigmoid<Unbounded> {
   template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
+  CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     Point<T> p{};
-    p.x = clamp(raw, b.smallest, b.largest);
+    p.x = clamp(s.raw, b.smallest, b.largest);
     p.x_raw = T(1);
     return p;
   }
 };
 
 // Bounds that differ from element to element choose the map by which of them are finite. A NaN bound makes NaN.
-struct ByElement {
+struct ByElement : OfSigmoid<ByElement> {
   template <typename T>
-  CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
-    const Sigmoid<T> s = Sigmoid<T>::at(raw);
+  CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
     const bool no_lower = b.lower == -std::numeric_limits<T>::infinity();
     const bool no_upper = b.upper == std::numeric_limits<T>::infinity();
     const Point<T> with_lower = choose(no_upper, LowerOnly::from(s, b), Interval::from(s, b));
-    const Point<T> without_lower = choose(no_upper, Unbounded::at(raw, b), UpperOnly::from(s, b));
+    const Point<T> without_lower = choose(no_upper, Unbounded::from(s, b), UpperOnly::from(s, b));
     return choose(no_lower, without_lower, with_lower);
   }
 

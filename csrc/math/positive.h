@@ -9,7 +9,16 @@ namespace constrained_ops {
 struct Exponential {
   template <typename T>
   CO_HD static Point<T> at(T raw, const Bounds<T>& b) {
-    const T value = exp(raw);
+    return at(raw, exponential(raw), b);
+  }
+
+  // In two halves, as OfSigmoid.
+  template <typename T>
+  CO_HD static T exponential(T raw) {
+    return exp(raw);
+  }
+  template <typename T>
+  CO_HD static Point<T> at(T raw, T value, const Bounds<T>& b) {
     Point<T> p{};
     p.x = clamp(b.lower + value, b.smallest, b.largest);
     p.x_raw = value;

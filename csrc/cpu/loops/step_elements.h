@@ -57,35 +57,32 @@ template <typename Hook, bool amsgrad, typename T>
           CO_INLINE { adam_element<Hook, amsgrad>(adam, scalars, i, grad, y, m, v, largest_v, lower, upper); });
 }
 
-// Derivative, Adam and transform. Storage tells the innermost neighbours of bounds by element.
+// Derivative, Adam and transform. Storage tells the innermost neighbours of bounds by element. The exponentials come a
+// stage before what is made of them: the shorter a chain of operations, the more of them a processor has in view.
 template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
 [[gnu::noinline]] void raw_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                 T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                 const T* __restrict lower, const T* __restrict upper, T* __restrict x) {
-  alignas(64) T grad_raw[step_chunk];
-  const auto bounds = [&](int64_t i) CO_INLINE {
+  alignas(64) T e[step_chunk], grad_raw[step_chunk];
+  const auto exponential = [&](int64_t i) CO_INLINE { e[i] = Map::exponential(raw[i]); };
+  const auto point = [&](int64_t i) CO_INLINE {
     if constexpr (by_element)
-      return bounds_of_element<Storage>(lower[i], upper[i]);
+      return Map::at(raw[i], e[i], bounds_of_element<Storage>(lower[i], upper[i]));
     else
-      return scalars;
+      return Map::at(raw[i], e[i], scalars);
   };
   in_strides(
       n,
       [&](int64_t i) CO_INLINE {
-        fetch_ahead(i, grad, raw);
+        fetch_ahead(i, grad, raw, m, v, x);
         if constexpr (by_element) fetch_ahead(i, lower, upper);
-      },
-      [&](int64_t i) CO_INLINE { grad_raw[i] = grad[i] * Map::at(raw[i], bounds(i)).x_raw; });
-  in_strides(
-      n,
-      [&](int64_t i) CO_INLINE {
-        fetch_ahead(i, m, v, x);
         if constexpr (amsgrad) fetch_ahead(i, largest_v);
       },
+      exponential, [&](int64_t i) CO_INLINE { grad_raw[i] = grad[i] * point(i).x_raw; },
       [&](int64_t i) CO_INLINE {
         adam_element<NoConstraint, amsgrad>(adam, scalars, i, grad_raw, raw, m, v, largest_v, lower, upper);
       },
-      [&](int64_t i) CO_INLINE { x[i] = Map::at(raw[i], bounds(i)).x; });
+      exponential, [&](int64_t i) CO_INLINE { x[i] = point(i).x; });
 }
 
 template <typename T>
