@@ -70,7 +70,7 @@ CO_HD V largest_of(const V* z) {
     return larger_of(largest_of<n / 2>(z), largest_of<n / 2>(z + n / 2));
 }
 
-// The same of numbers that first fall and then rise, or the other way round.
+// Sorts numbers that first fall and then rise, or the other way round, into falling order.
 template <typename V, int n>
 CO_HD void sort_turning(V (&z)[n]) {
 #pragma GCC unroll 8
