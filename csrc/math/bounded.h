@@ -40,7 +40,7 @@ struct Sigmoid {
   CO_HD T softplus_minus() const { return (upper_half ? T(0) : -raw) + log1p_e; }  // log(1 + exp(-raw))
 };
 
-// at() of a map that is made of it.
+// at() of the maps whose from(sigmoid, bounds) makes all they know of a Sigmoid.
 template <typename Map>
 struct OfSigmoid {
   template <typename T>

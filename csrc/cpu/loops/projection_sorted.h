@@ -244,8 +244,10 @@ template <bool to_roots, typename T>
       continue;
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < 2 * n; ++k)
-      store(columns + k * lanes, value_of_rest(((load(columns + k * lanes) - top) - high) - low));
+    for (int k = 0; k < 2 * n; ++k) {
+      T* const p = columns + k * lanes;
+      store(p, value_of_rest(projection_rest<false>(load(p) - top, V{}, high, low)));
+    }
   }
 }
 
