@@ -1,9 +1,9 @@
 """How fast a step could be if it only moved its bytes: ``python -m benchmarks.bytes_alone``.
 
-Beside an optimizer's step and its peer, a bare loop in C++ passes over memory of its own that is as large: gradient,
-parameter and moments are read, parameter and moments, and on raw the transform's result, are written, and a subtraction
-stands for all arithmetic. It does so in a few ways, of which the fastest counts: the peer's time over that is what a
-step without any arithmetic would reach.
+Beside an optimizer's step and its peer, a bare loop in C++ passes over memory of its own that is as large and lies as
+ours: gradient, parameter and moments are read, parameter and moments, and on raw the transform's result, are written,
+and a subtraction stands for all arithmetic. It does so in a few ways, of which the fastest counts: the peer's time over
+that is what a step without any arithmetic would reach.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch.utils.cpp_extension import load_inline
+
+from constrained_ops.optim._memory import empty
 
 from .bench_steps import JOBS
 from .floors import table_of
@@ -106,7 +108,9 @@ def compiled_loop() -> Callable[..., None]:
 def loop_step(loop: Callable[..., None], shape: Shape, with_result: bool, ahead: int, past_caches: bool) -> Step:
     numbers = math.prod(shape)
     assert numbers % LINE == 0, shape
-    grad, *written = [torch.randn(shape) for _ in range(4 + with_result)]
+    grad, p = torch.randn(shape), torch.randn(shape)
+    m, v, raw = [empty(name, p, p, p.dtype).normal_() for name in ("exp_avg", "exp_avg_sq", "raw")]
+    written = [raw, m, v, p] if with_result else [p, m, v]
     operands = [t.data_ptr() for t in (grad, *written)] + [None] * (not with_result)
 
     def run() -> None:

@@ -206,13 +206,14 @@ class ConstrainedAdam(Optimizer):
         state = self.state[p]
         state["step"] = _step_counter(group, p, state.get("step"))
         for name in MOMENTS[: 3 if group["amsgrad"] else 2]:
-            state[name] = laid_out(p, state[name], dtype) if name in state else zeros_like(p, dtype)
+            there = name in state
+            state[name] = laid_out(name, p, state[name], dtype) if there else zeros_like(name, p, dtype)
         if raw is not None:
-            state["raw"] = like(p, laid_out(local(p), raw, compute_dtype(p.dtype)))
+            state["raw"] = like(p, laid_out("raw", local(p), raw, compute_dtype(p.dtype)))
         elif record is None or not self._reparametrized:
             state.pop("raw", None)
         else:
-            state["raw"] = laid_out(p, state["raw"], compute_dtype(p.dtype))
+            state["raw"] = laid_out("raw", p, state["raw"], compute_dtype(p.dtype))
         parts = {name: local(state[name]) for name in (*MOMENTS, "raw") if name in state}
         return Slot(
             param=local(p),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._constraints import Record, SimplexOf
 from .._library import compute_dtype
-from ._memory import fresh
+from ._memory import empty
 
 TOGETHER = 2**18  # elements of a batch; or one row, if that is longer
 
@@ -139,9 +139,9 @@ def _lines(t: Tensor, dim: int | None) -> Tensor:
 
 def _empty_raw(record: Record | None, x: Tensor) -> Tensor:
     """Memory for the raw of x, of which :func:`_lines` makes a view."""
-    dtype = compute_dtype(x.dtype)
     dim = _dim(record)
     if dim is None or x.dim() < 2:
-        return fresh(torch.empty(x.shape, dtype=dtype, device=x.device))
-    shape = (*x.shape[:dim], *x.shape[dim + 1 :], x.shape[dim])
-    return fresh(torch.empty(shape, dtype=dtype, device=x.device)).movedim(-1, dim)
+        pattern = torch.empty(x.shape, device="meta")
+    else:
+        pattern = torch.empty((*x.shape[:dim], *x.shape[dim + 1 :], x.shape[dim]), device="meta").movedim(-1, dim)
+    return empty("raw", x, pattern, compute_dtype(x.dtype))
