@@ -5,6 +5,7 @@
 
 #include <stdexcept>
 
+#include "cpu/cache.h"
 #include "cpu/levels.h"
 #include "cpu/pages.h"
 #include "cpu/step.h"
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_C, m) {
       "ask_for_huge_pages",
       [](uintptr_t address, uintptr_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"), "For fresh memory, before it is first written.");
+  m.def("cache_bytes", &cache_bytes, "What the last level of the processor's caches holds.");
   m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));
 
@@ -131,13 +133,15 @@ PYBIND11_MODULE(_C, m) {
       .value("softmax", StepKind::softmax);
 
   py::class_<StepPlan>(m, "StepPlan", "Steps on memory that the caller keeps alive; addresses are ints, 0 for none.")
-      .def(py::init([](const std::string& dtype, const std::string& state) {
-             return std::make_unique<StepPlan>(dtype_named(dtype), dtype_named(state));
+      .def(py::init([](const std::string& dtype, const std::string& state, int64_t cache_bytes) {
+             return std::make_unique<StepPlan>(dtype_named(dtype), dtype_named(state), cache_bytes);
            }),
-           py::arg("dtype"), py::arg("state"))
+           py::arg("dtype"), py::arg("state"), py::arg("cache_bytes"))
       .def("add", &add, py::kw_only(), py::arg("kind"), py::arg("group"), py::arg("numel"), py::arg("rows"),
            py::arg("param"), py::arg("exp_avg"), py::arg("exp_avg_sq"), py::arg("max_exp_avg_sq"), py::arg("raw"),
            py::arg("step"), py::arg("lower"), py::arg("upper"), py::arg("lower_each"), py::arg("upper_each"),
            py::arg("total"))
+      .def_property_readonly("past_caches", &StepPlan::past_caches,
+                             "Whether steps write what they do not read past the caches.")
       .def("run", &run, py::arg("grads"), py::arg("hyper"), py::arg("grad_scale"));
 }

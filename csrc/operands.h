@@ -9,6 +9,8 @@ constexpr int max_rank = 64;
 
 enum class Dtype { half, bfloat16, float32, float64 };
 
+constexpr int64_t bytes_of(Dtype dtype) { return dtype == Dtype::float64 ? 8 : dtype == Dtype::float32 ? 4 : 2; }
+
 // Common dimensions of all operands, the innermost last; strides in elements.
 template <int capacity>
 struct ElementwiseLayout {

@@ -13,7 +13,10 @@ import constrained_ops as co
 
 LEVELS = ["baseline", "x86-64-v3", "x86-64-v4"]
 TESTS = Path(__file__).parent
-FILES = ["test_levels.py", "test_backends.py", "test_bijection.py", "test_projection.py", "test_step.py"]
+FILES = [
+    *("test_levels.py", "test_backends.py", "test_bijection.py", "test_optim_memory.py", "test_projection.py"),
+    "test_step.py",
+]
 OWN = str(co.build_info()["simd"])
 
 

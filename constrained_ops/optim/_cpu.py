@@ -14,10 +14,15 @@ from ._plans import Hyper, Slot, _compiled, named_step, register
 from ._slots import DensePlan, bounds_of, for_all, kind_of, pointer, rows_of
 
 
+def cache_bytes() -> int:
+    """Steps that pass over more than half of this write what they do not read past the caches."""
+    return _compiled.cache_bytes()
+
+
 class CpuPlan(DensePlan):
     def __init__(self, slots: Sequence[Slot]) -> None:
         super().__init__(slots)
-        self._plan = _compiled.StepPlan(_name(slots[0].param.dtype), _name(slots[0].exp_avg.dtype))
+        self._plan = _compiled.StepPlan(_name(slots[0].param.dtype), _name(slots[0].exp_avg.dtype), cache_bytes())
         self._run = named_step(self._plan.run)
         # Memory stays in being where somebody puts other memory behind a tensor of the state.
         self._memory = [t.untyped_storage() for slot in slots for t in slot if isinstance(t, Tensor)]

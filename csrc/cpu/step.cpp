@@ -21,12 +21,15 @@ constexpr int64_t cost_per_thread = 20000;  // at least, so that waking another 
 
 }  // namespace
 
-StepPlan::StepPlan(Dtype dtype, Dtype state) : loop_(loops().step(dtype, state)) {}
+StepPlan::StepPlan(Dtype dtype, Dtype state, int64_t cache_bytes)
+    : loop_(loops().step(dtype, state)), dtype_(dtype), state_(state), cache_bytes_(cache_bytes) {}
 
 void StepPlan::add(const StepSlot& slot) {
   const uint32_t index = static_cast<uint32_t>(slots_.size());
   slots_.push_back(slot);
   groups_ = std::max(groups_, static_cast<size_t>(slot.group) + 1);
+  const int64_t moments = slot.max_exp_avg_sq ? 3 : 2, raw = slot.raw ? std::max<int64_t>(4, bytes_of(dtype_)) : 0;
+  bytes_ += slot.numel * (2 * bytes_of(dtype_) + moments * bytes_of(state_) + raw);
   const bool rows = step_along_rows(slot.kind);
   const int64_t units = slot.numel == 0 ? 0 : rows ? StepBlocks(slot.rows).count : slot.numel;
   const int64_t per_unit = rows ? slot.numel / std::max<int64_t>(1, units) : 1;
@@ -55,7 +58,7 @@ void StepPlan::prepare(const std::vector<StepOptions>& groups, double grad_scale
     const float step = *slots_[i].step += 1;
     if (!last.known || step != last.step) {
       last = {true, step, static_cast<uint32_t>(numbers_.size())};
-      numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean});
+      numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean, past_caches()});
     }
     numbers_of_[i] = last.index;
   }

@@ -47,17 +47,21 @@ struct StepBlocks {
 struct StepNumbers {
   Adam<double> adam;
   bool euclidean;
+  bool past_caches;  // what is written and not read goes to memory without a place in them
 };
 
 class StepPlan {
  public:
-  StepPlan(Dtype dtype, Dtype state);
+  // `cache_bytes`: see cache.h.
+  StepPlan(Dtype dtype, Dtype state, int64_t cache_bytes);
 
   void add(const StepSlot& slot);
 
   // One step of all slots, in the order in which they were added. `grads`: memory laid out as each slot's parameter.
   void run(const std::vector<const void*>& grads, const std::vector<StepOptions>& groups, double grad_scale);
 
+  // The rest of a training step wants its share of the caches, too.
+  bool past_caches() const { return bytes_ > cache_bytes_ / 2; }
   size_t size() const { return slots_.size(); }
   size_t groups() const { return groups_; }  // how many there must be at the least
 
@@ -71,6 +75,8 @@ class StepPlan {
   void prepare(const std::vector<StepOptions>& groups, double grad_scale);
 
   StepLoop loop_;
+  Dtype dtype_, state_;
+  int64_t cache_bytes_, bytes_ = 0;  // that a step passes over
   size_t groups_ = 0;
   std::vector<StepSlot> slots_;
   std::vector<Task> tasks_;

@@ -7,6 +7,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <random>
 #include <string>
 #include <vector>
@@ -39,11 +40,12 @@ constexpr double eps = sizeof(Storage) == 8                ? 0x1p-52
                        : std::is_same_v<Storage, BFloat16> ? 0x1p-7
                                                            : 0x1p-10;
 
-// n numbers, `shift` numbers after where a block starts, and that ends with them.
+// n numbers, `shift` numbers after where a block starts, at a line of cache, and that ends with them.
 template <typename Storage>
 class Memory {
  public:
-  Memory(int64_t n, int shift) : base_(new Storage[n + shift]), shift_(shift), size_(n) {
+  Memory(int64_t n, int shift)
+      : base_(static_cast<Storage*>(operator new((n + shift) * sizeof(Storage), line))), shift_(shift), size_(n) {
     for (int64_t i = 0; i < n + shift; ++i) base_[i] = stored(nan);
   }
   // Between mean - spread and mean + spread.
@@ -64,7 +66,12 @@ class Memory {
   bool sound() const { return shift_ == 0 || std::isnan(static_cast<double>(to_compute(base_[0]))); }
 
  private:
-  std::unique_ptr<Storage[]> base_;
+  static constexpr std::align_val_t line{64};
+  struct Delete {
+    void operator()(Storage* data) const { operator delete(data, line); }
+  };
+
+  std::unique_ptr<Storage[], Delete> base_;
   int shift_;
   int64_t size_;
 };
@@ -260,7 +267,9 @@ void step(StepKind kind, RowLayout rows, int shift, bool euclidean, bool amsgrad
   Copy whole(n, shift), in_shares(n, !shift);
   const bool each = step_by_element(kind), on_raw = step_on_raw(kind), along_rows = step_along_rows(kind);
   const StepBlocks blocks(rows);
-  const StepNumbers numbers{Adam<double>::at({0.05, 0.9, 0.99, 1e-3, 0.01, false, false, amsgrad}, 4, 1), euclidean};
+  // Past the caches goes what is at a line: of the two copies one.
+  const StepNumbers numbers{Adam<double>::at({0.05, 0.9, 0.99, 1e-3, 0.01, false, false, amsgrad}, 4, 1), euclidean,
+                            true};
   StepSlot slots[2];
   for (Copy* copy : {&whole, &in_shares}) {
     for (int64_t i = 0; i < n; ++i) {

@@ -11,6 +11,7 @@
 #include "../step.h"
 #include "elementwise.h"
 #include "strides.h"
+#include "vectors.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
@@ -25,6 +26,7 @@ struct StepChunk {
   T* raw;  // on raw
   T *m, *v, *largest_v;
   const T *lower, *upper;  // by element
+  bool past_caches;        // on raw: x is at a whole vector, and written past the caches
 };
 
 // Adam on element i of y, which is the parameter, or raw.
@@ -58,12 +60,15 @@ template <typename Hook, bool amsgrad, typename T>
 }
 
 // Derivative, Adam and transform. Storage tells the innermost neighbours of bounds by element. The exponentials come a
-// stage before what is made of them: the shorter a chain of operations, the more of them a processor has in view.
+// stage before what is made of them: the shorter a chain of operations, the more of them a processor has in view. On
+// its way past the caches x is written a stride at a time, so that memory is never left waiting for a whole chunk.
 template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
 [[gnu::noinline]] void raw_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                 T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
-                                const T* __restrict lower, const T* __restrict upper, T* __restrict x) {
-  alignas(64) T e[step_chunk], grad_raw[step_chunk];
+                                const T* __restrict lower, const T* __restrict upper, T* __restrict x,
+                                const bool past_caches) {
+  alignas(64) T e[step_chunk], grad_raw[step_chunk], waiting_x[step_chunk];
+  T* const new_x = past_caches ? waiting_x : x;
   const auto exponential = [&](int64_t i) CO_INLINE { e[i] = Map::exponential(raw[i]); };
   const auto point = [&](int64_t i) CO_INLINE {
     if constexpr (by_element)
@@ -74,7 +79,8 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
   in_strides(
       n,
       [&](int64_t i) CO_INLINE {
-        fetch_ahead(i, grad, raw, m, v, x);
+        fetch_ahead(i, grad, raw, m, v);
+        if (!past_caches) fetch_ahead(i, x);
         if constexpr (by_element) fetch_ahead(i, lower, upper);
         if constexpr (amsgrad) fetch_ahead(i, largest_v);
       },
@@ -82,7 +88,10 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
       [&](int64_t i) CO_INLINE {
         adam_element<NoConstraint, amsgrad>(adam, scalars, i, grad_raw, raw, m, v, largest_v, lower, upper);
       },
-      exponential, [&](int64_t i) CO_INLINE { x[i] = point(i).x; });
+      exponential, [&](int64_t i) CO_INLINE { new_x[i] = point(i).x; },
+      [&](int64_t begin, int64_t end) CO_INLINE {
+        if (past_caches) copy_past_caches(new_x + begin, end - begin, x + begin);
+      });
 }
 
 template <typename T>
@@ -96,7 +105,7 @@ void step_on_param(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, con
 template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
 void step_on_raw(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
   raw_loop<Storage, Map, by_element, amsgrad>(adam, scalars, n, at.grad, at.raw, at.m, at.v, at.largest_v, at.lower,
-                                              at.upper, at.x);
+                                              at.upper, at.x, at.past_caches);
 }
 
 template <typename Storage, bool amsgrad>
@@ -157,6 +166,8 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
   using T = compute_t<Storage>;
   constexpr bool converts = !std::is_same_v<Storage, T>;
   const bool each = step_by_element(slot.kind), on_raw = step_on_raw(slot.kind), amsgrad = slot.max_exp_avg_sq;
+  const bool at_vector = reinterpret_cast<uintptr_t>(static_cast<Storage*>(slot.param) + begin) % vector_bytes == 0;
+  const bool past_caches = numbers.past_caches && on_raw && !converts && at_vector;
   const auto adam = numbers.adam.as<T>();
   const auto scalars = bounds_of_scalars<Storage>(slot.lower, slot.upper);
   alignas(64) T buffers[converts ? 5 : 1][step_chunk];
@@ -180,7 +191,8 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
                           opened(v, n, buffer(3)),
                           opened(largest_v, n, buffer(4)),
                           slot.lower_each ? static_cast<const T*>(slot.lower_each) + start : lower,
-                          slot.upper_each ? static_cast<const T*>(slot.upper_each) + start : upper};
+                          slot.upper_each ? static_cast<const T*>(slot.upper_each) + start : upper,
+                          past_caches};
     if (slot.kind == StepKind::bounded_by_element)
       loop = pick_step<Storage>(slot.kind, amsgrad, all_finite(at.lower, at.upper, n));
     loop(adam, scalars, n, at);
@@ -189,6 +201,7 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
     closed(v, n, at.v);
     closed(largest_v, n, at.largest_v);
   }
+  if (past_caches) written_past_caches();
 }
 
 }  // namespace

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "../../math/numeric.h"
 #include "../loops.h"
@@ -25,9 +26,20 @@ CO_HD void fetch_ahead(int64_t i, const T*... operands) {
   (fetch(operands), ...);
 }
 
-// stage(i) for each of n numbers, each stage a stride behind the one before it: so a processor overlaps the divisions
-// of one with the multiplications of another, which in the same stride wait for each other. A chunk that is whole has
-// another one after it, mostly: fetch(i) is called for each of its strides.
+// stage(i) for each of these numbers, or stage(begin, end) for all of them.
+template <typename Stage>
+CO_HD void run_stage(const Stage& stage, int64_t begin, int64_t end) {
+  if constexpr (std::is_invocable_v<const Stage&, int64_t, int64_t>) {
+    stage(begin, end);
+  } else {
+#pragma GCC ivdep
+    for (int64_t i = begin; i < end; ++i) stage(i);
+  }
+}
+
+// A stage runs over each of n numbers, each stage a stride behind the one before it: so a processor overlaps the
+// divisions of one with the multiplications of another, which in the same stride wait for each other. A chunk that is
+// whole has another one after it, mostly: fetch(i) is called for each of its strides.
 template <typename Fetch, typename... Stages>
 CO_HD void in_strides(int64_t n, const Fetch& fetch, const Stages&... stages) {
   constexpr int64_t behind = sizeof...(stages) - 1;
@@ -36,19 +48,12 @@ CO_HD void in_strides(int64_t n, const Fetch& fetch, const Stages&... stages) {
     if (n >= loop_chunk) fetch(start);
     int64_t at = start;
     const auto run = [&](const auto& stage) CO_INLINE {
-      if (at >= 0 && at < whole) {
-#pragma GCC ivdep
-        for (int64_t i = at; i < at + stride; ++i) stage(i);
-      }
+      if (at >= 0 && at < whole) run_stage(stage, at, at + stride);
       at -= stride;
     };
     (run(stages), ...);
   }
-  const auto finish = [&](const auto& stage) CO_INLINE {
-#pragma GCC ivdep
-    for (int64_t i = whole; i < n; ++i) stage(i);
-  };
-  (finish(stages), ...);
+  (run_stage(stages, whole, n), ...);
 }
 
 }  // namespace

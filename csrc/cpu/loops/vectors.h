@@ -1,7 +1,7 @@
 // Vectors as wide as the instruction set has them.
 #pragma once
 
-#if defined(__AVX512F__)
+#if defined(__SSE2__)
 #include <immintrin.h>
 #endif
 
@@ -37,6 +37,31 @@ CO_HD Vector<T> load(const T* p) {
 template <typename T>
 CO_HD void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// To memory without a place in the caches: for what is not read soon. `to` is at a whole vector. Other threads see it
+// after written_past_caches().
+template <typename T>
+CO_HD void copy_past_caches(const T* from, int64_t n, T* to) {
+  const int64_t whole = n / width<T> * width<T>;
+  for (int64_t i = 0; i < whole; i += width<T>) {
+    const Vector<T> v = load(from + i);
+#if defined(__AVX512F__)
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(to + i), reinterpret_cast<__m512i>(v));
+#elif defined(__AVX2__)
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(to + i), reinterpret_cast<__m256i>(v));
+#elif defined(__SSE2__)
+    _mm_stream_si128(reinterpret_cast<__m128i*>(to + i), reinterpret_cast<__m128i>(v));
+#else
+    store(to + i, v);
+#endif
+  }
+  for (int64_t i = whole; i < n; ++i) to[i] = from[i];
+}
+CO_HD void written_past_caches() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
 }
 
 // An instruction each, which the compiler does not find in vectors of AVX-512.
