@@ -3,7 +3,7 @@
 A step goes over all tensors of a parameter side by side. If they begin at the same place of a page, they also leave
 their pages together, and what is read of one has the low bits of an address to which another was just written, by which
 a processor takes it for the same at first. Large tensors therefore begin elsewhere than their parameter and gradient,
-each at a place of its own: with 2^24 elements a step takes some 5% less.
+each at a place of its own: with 2^24 elements a step on raw takes some 5% less.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ namespace constrained_ops {
 namespace {
 
 constexpr int64_t elements_per_task = 16384, elements_in_rows_per_task = 4096;
+constexpr int tasks_at_once = 4;
 
 // In about nanoseconds, to share work out evenly: of a task, and of 16 elements.
 constexpr int64_t task_cost = 60;
@@ -68,12 +69,18 @@ void StepPlan::run(const std::vector<const void*>& grads, const std::vector<Step
   prepare(groups, grad_scale);
   // By cost and not by number: threads get equal shares of what may be one large tensor and thousands of tiny ones.
   parallel(costs_.back(), cost_per_thread, [&](int64_t begin, int64_t end) {
-    const auto first = std::lower_bound(costs_.begin(), costs_.end() - 1, begin) - costs_.begin();
-    for (size_t i = first; i < tasks_.size() && costs_[i] < end; ++i) {
-      const auto [slot, first_unit, last_unit] = tasks_[i];
-      int64_t stop = last_unit;
-      while (i + 1 < tasks_.size() && costs_[i + 1] < end && tasks_[i + 1].slot == slot) stop = tasks_[++i].end;
-      loop_(slots_[slot], grads[slot], numbers_[numbers_of_[slot]], first_unit, stop);
+    const auto task_at = [&](int64_t cost) {
+      return std::lower_bound(costs_.begin(), costs_.end() - 1, cost) - costs_.begin();
+    };
+    // The last ones first: the end of the gradients was written last and is still in the caches, and the beginning of
+    // the parameters is when the next forward reads it. A few at a time, for a loop fetches ahead.
+    const auto first = task_at(begin);
+    for (auto i = task_at(end); i > first;) {
+      const auto [slot, first_unit, last_unit] = tasks_[--i];
+      int64_t start = first_unit;
+      for (int more = 1; more < tasks_at_once && i > first && tasks_[i - 1].slot == slot; ++more)
+        start = tasks_[--i].begin;
+      loop_(slots_[slot], grads[slot], numbers_[numbers_of_[slot]], start, last_unit);
     }
   });
 }
