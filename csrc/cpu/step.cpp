@@ -29,7 +29,8 @@ void StepPlan::add(const StepSlot& slot) {
   const uint32_t index = static_cast<uint32_t>(slots_.size());
   slots_.push_back(slot);
   groups_ = std::max(groups_, static_cast<size_t>(slot.group) + 1);
-  const int64_t moments = slot.max_exp_avg_sq ? 3 : 2, raw = slot.raw ? std::max<int64_t>(4, bytes_of(dtype_)) : 0;
+  const int64_t of_compute = std::max(bytes_of(dtype_), bytes_of(Dtype::float32));
+  const int64_t moments = slot.max_exp_avg_sq ? 3 : 2, raw = slot.raw ? of_compute : 0;
   bytes_ += slot.numel * (2 * bytes_of(dtype_) + moments * bytes_of(state_) + raw);
   const bool rows = step_along_rows(slot.kind);
   const int64_t units = slot.numel == 0 ? 0 : rows ? StepBlocks(slot.rows).count : slot.numel;
