@@ -11,6 +11,7 @@ namespace constrained_ops {
 namespace {
 
 constexpr int64_t elements_per_task = 4096;
+constexpr int64_t tasks_at_once = 64;  // many: a loop begins with a table of numbers for a row
 
 template <Bijection kind>
 constexpr const char* op = kind == Bijection::ilr ? "simplex of kind \"ilr\"" : "simplex of kind \"stick_breaking\"";
@@ -20,8 +21,9 @@ void run(const BijectionCall& call, Bijection kind, Kernel kernel, Dtype dtype) 
   if (outer * inner == 0) return;
   const int64_t units = bijection_units(call.layout).count, elements_per_unit = outer * length * inner / units;
   const BijectionLoop loop = loops().bijection(kind, kernel, dtype);
-  parallel(units, std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_unit)),
-           [&](int64_t begin, int64_t end) { loop(call, begin, end); });
+  parallel(
+      units, std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, elements_per_unit)),
+      [&](int64_t begin, int64_t end) { loop(call, begin, end); }, tasks_at_once);
 }
 
 template <typename Tensor>

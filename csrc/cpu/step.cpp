@@ -68,22 +68,23 @@ void StepPlan::prepare(const std::vector<StepOptions>& groups, double grad_scale
 
 void StepPlan::run(const std::vector<const void*>& grads, const std::vector<StepOptions>& groups, double grad_scale) {
   prepare(groups, grad_scale);
-  // By cost and not by number: threads get equal shares of what may be one large tensor and thousands of tiny ones.
-  parallel(costs_.back(), cost_per_thread, [&](int64_t begin, int64_t end) {
-    const auto task_at = [&](int64_t cost) {
-      return std::lower_bound(costs_.begin(), costs_.end() - 1, cost) - costs_.begin();
-    };
-    // The last ones first: the end of the gradients was written last and is still in the caches, and the beginning of
-    // the parameters is when the next forward reads it. A few at a time, for a loop fetches ahead.
-    const auto first = task_at(begin);
-    for (auto i = task_at(end); i > first;) {
-      const auto [slot, first_unit, last_unit] = tasks_[--i];
+  // The last ones first: the end of the gradients was written last and is still in the caches, and the beginning of
+  // the parameters is when the next forward reads it. A few at a time, for a loop fetches ahead.
+  const int64_t count = tasks_.size();
+  const auto run_tasks = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end;) {
+      const auto [slot, first_unit, last_unit] = tasks_[count - 1 - i];
       int64_t start = first_unit;
-      for (int more = 1; more < tasks_at_once && i > first && tasks_[i - 1].slot == slot; ++more)
-        start = tasks_[--i].begin;
+      for (++i; i < end && tasks_[count - 1 - i].slot == slot; ++i) start = tasks_[count - 1 - i].begin;
       loop_(slots_[slot], grads[slot], numbers_[numbers_of_[slot]], start, last_unit);
     }
-  });
+  };
+  // By cost and not by number: threads get equal shares of what may be one large tensor and thousands of tiny ones.
+  const auto share = [&](int64_t share, int64_t of) {
+    const int64_t cost_of_rest = costs_.back() * (of - share) / of;
+    return count - (std::lower_bound(costs_.begin(), costs_.end() - 1, cost_of_rest) - costs_.begin());
+  };
+  share_out(threads_for(costs_.back(), cost_per_thread), share, tasks_at_once, run_tasks);
 }
 
 }  // namespace constrained_ops
