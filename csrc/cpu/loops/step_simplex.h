@@ -3,7 +3,9 @@
 // vectors long or more, or an even share of one. Others go through tiles or copies, after a pass for their moments.
 #pragma once
 
-#include "projection_in_metric.h"
+#include "metric_columns.h"
+#include "metric_lanes.h"
+#include "metric_rows.h"
 #include "step_rows.h"
 #include "tiles.h"
 
