@@ -80,11 +80,11 @@ void StepPlan::run(const std::vector<const void*>& grads, const std::vector<Step
     }
   };
   // By cost and not by number: threads get equal shares of what may be one large tensor and thousands of tiny ones.
-  const auto share = [&](int64_t share, int64_t of) {
+  const auto start_of = [&](int64_t share, int64_t of) {
     const int64_t cost_of_rest = costs_.back() * (of - share) / of;
     return count - (std::lower_bound(costs_.begin(), costs_.end() - 1, cost_of_rest) - costs_.begin());
   };
-  share_out(threads_for(costs_.back(), cost_per_thread), share, tasks_at_once, run_tasks);
+  share_out(threads_for(costs_.back(), cost_per_thread), start_of, tasks_at_once, run_tasks);
 }
 
 }  // namespace constrained_ops
