@@ -79,29 +79,30 @@ CO_HD V add_where(decltype(V{} == V{}) mask, V sum, V term) {
   return mask ? sum + term : sum;
 }
 
-// Two vectors to one: neighbours combined, in each part of it those of a first.
-template <int part, typename V, typename Combine, int... lane>
-CO_HD V neighbours(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
+// Two vectors to one: what lies `distance` lanes apart combined, of a in lanes without that bit, of b in those with it.
+// One of them is a blend, for which a processor has more units than for shuffles.
+template <int distance, typename V, typename Combine, int... lane>
+CO_HD V halved(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
   constexpr int lanes = sizeof...(lane);
-  constexpr auto first = [](int l) {
-    const int in_part = l % part, of_b = in_part >= part / 2;
-    return l - in_part + 2 * (in_part - of_b * part / 2) + of_b * lanes;
-  };
-  return combine(__builtin_shufflevector(a, b, first(lane)...), __builtin_shufflevector(a, b, (first(lane) + 1)...));
+  return combine(__builtin_shufflevector(a, b, (lane & distance ? lane + lanes : lane)...),
+                 __builtin_shufflevector(a, b, ((lane & distance ? lane + lanes : lane) ^ distance)...));
 }
 
-// As many vectors to one as are combined in a lane, which are neighbours in a part.
-template <int count, int part, typename V, typename Combine>
+// As many vectors to one as are combined in a lane, neighbours, in the order of within(): vector i of them in the lanes
+// that are i modulo count.
+template <int count, int distance = 1, typename V, typename Combine>
 CO_HD V across_each(const V* vectors, Combine combine) {
   constexpr int lanes = sizeof(V) / sizeof(vectors[0][0]);
-  V halves[count / 2];
+  if constexpr (distance == count) {
+    return vectors[0];
+  } else {
+    V halves[count / distance / 2];
 #pragma GCC unroll 8
-  for (int i = 0; i < count / 2; ++i)
-    halves[i] = neighbours<part>(vectors[2 * i], vectors[2 * i + 1], combine, std::make_integer_sequence<int, lanes>());
-  if constexpr (count == 2)
-    return halves[0];
-  else
-    return across_each<count / 2, part>(halves, combine);
+    for (int i = 0; i < count / distance / 2; ++i)
+      halves[i] =
+          halved<distance>(vectors[2 * i], vectors[2 * i + 1], combine, std::make_integer_sequence<int, lanes>());
+    return across_each<count, 2 * distance>(halves, combine);
+  }
 }
 
 }  // namespace

@@ -6,39 +6,44 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// Rows shorter than a vector, of a length that is a power of two: as many vectors at once as a row is long, so that
-// what is combined along rows fills one.
+// Rows shorter than a vector, or as long, of a length that is a power of two. In a batch are as many vectors as a row
+// is long, so that what is combined along its rows fills one.
 template <typename T, int length>
 class MetricLanes {
   using V = Vector<T>;
   using Climb = MetricClimb<T>;
-  static constexpr int part = std::max<int>(length, 16 / sizeof(T));  // no shuffle crosses 16 bytes if none need
 
  public:
-  static_assert(width<T> % part == 0);
+  static constexpr int batch = length * width<T>;
+  static_assert(width<T> % length == 0);
 
   MetricLanes(const Adam<T>& adam, T total) : of_(adam), total_(total) {}
 
-  // x, of which y is made.
-  CO_HD void project(V (&x)[length], const V (&m)[length], const V (&v)[length]) const {
-    V z[length], u[length], part_z[length], part_u[length];
-    for (int i = 0; i < length; ++i) u[i] = of_.metric(v[i]);
-    const Spread floor(across_each<length, part>(u, Larger()) * adam_floor<T>);
-    for (int i = 0; i < length; ++i) {
-      u[i] = reciprocal(larger_of(u[i], floor[i]));
-      z[i] = of_.target(x[i], m[i], u[i]);
-      part_z[i] = x[i] > V{} ? z[i] : V{};
-      part_u[i] = x[i] > V{} ? u[i] : V{};
+  // Of the v of which it is made.
+  CO_HD V metric(V v) const { return of_.metric(v); }
+
+  // Some batches at once, since each operation on one waits for the one before it. d: the metric. y is made of x.
+  template <int batches>
+  CO_HD void project(const T* d, const T* m, T* x) const {
+    V z[batches][length], u[batches][length], excess[batches], inside[batches];
+    Climb climb[batches];
+#pragma GCC unroll 2
+    for (int b = 0; b < batches; ++b) climb[b] = start(d + b * batch, m + b * batch, x + b * batch, z[b], u[b]);
+#pragma GCC unroll 2
+    for (int b = 0; b < batches; ++b) read(z[b], u[b], climb[b].lambda, excess[b], inside[b]);
+    bool ends = true;
+#pragma GCC unroll 2
+    for (int b = 0; b < batches; ++b) ends &= climb[b].ends(excess[b], inside[b], total_);
+    if (ends) [[likely]] {
+#pragma GCC unroll 2
+      for (int b = 0; b < batches; ++b) finish(z[b], u[b], climb[b], x + b * batch);
+      return;
     }
-    Climb climb(across_each<length, part>(part_z, Plus()), across_each<length, part>(part_u, Plus()), total_);
-    V excess, inside;
-    read(z, u, climb.lambda, excess, inside);
-    if (climb.ends(excess, inside, total_)) [[likely]] {
-      finish(z, u, climb, x);
-    } else {
+#pragma GCC unroll 2
+    for (int b = 0; b < batches; ++b) {
       V from_z[length], from_u[length];
-      for (int i = 0; i < length; ++i) from_z[i] = z[i], from_u[i] = u[i];
-      climb_on(from_z, from_u, climb, excess, inside, x);
+      for (int i = 0; i < length; ++i) from_z[i] = z[b][i], from_u[i] = u[b][i];
+      climb_on(from_z, from_u, climb[b], excess[b], inside[b], x + b * batch);
     }
   }
 
@@ -57,9 +62,23 @@ class MetricLanes {
     }
     template <int i, int... lane>
     CO_HD static V of_vector(V rows, std::integer_sequence<int, lane...>) {
-      return __builtin_shufflevector(rows, rows, (lane - lane % part + (i * part + lane % part) / length)...);
+      return __builtin_shufflevector(rows, rows, (lane - lane % length + i)...);
     }
   };
+
+  CO_HD Climb start(const T* d, const T* m, const T* x, V (&z)[length], V (&u)[length]) const {
+    V part_z[length], part_u[length];
+    for (int i = 0; i < length; ++i) u[i] = load(d + i * width<T>);
+    const Spread floor(across_each<length>(u, Larger()) * adam_floor<T>);
+    for (int i = 0; i < length; ++i) {
+      const V x_i = load(x + i * width<T>);
+      u[i] = reciprocal(larger_of(u[i], floor[i]));
+      z[i] = of_.target(x_i, load(m + i * width<T>), u[i]);
+      part_z[i] = x_i > V{} ? z[i] : V{};
+      part_u[i] = x_i > V{} ? u[i] : V{};
+    }
+    return Climb(across_each<length>(part_z, Plus()), across_each<length>(part_u, Plus()), total_);
+  }
 
   CO_HD void read(const V (&z)[length], const V (&u)[length], V lambda, V& excess, V& inside) const {
     const Spread lambdas(lambda);
@@ -70,33 +89,31 @@ class MetricLanes {
       part_z[i] = counts ? left : V{};
       part_u[i] = counts ? u[i] : V{};
     }
-    excess = across_each<length, part>(part_z, Plus()) - total_;
-    inside = across_each<length, part>(part_u, Plus());
+    excess = across_each<length>(part_z, Plus()) - total_;
+    inside = across_each<length>(part_u, Plus());
   }
 
-  CO_HD void finish(const V (&z)[length], const V (&u)[length], const Climb& climb, V (&y)[length]) const {
+  CO_HD void finish(const V (&z)[length], const V (&u)[length], const Climb& climb, T* y) const {
     const Spread lambda(climb.lambda), rest(climb.rest);
-    for (int i = 0; i < length; ++i) y[i] = value_of_rest(projection_rest<true>(z[i], u[i], lambda[i], rest[i]));
+    for (int i = 0; i < length; ++i)
+      store(y + i * width<T>, value_of_rest(projection_rest<true>(z[i], u[i], lambda[i], rest[i])));
   }
 
-  [[gnu::noinline]] void climb_on(V (&z)[length], V (&u)[length], Climb climb, V excess, V inside,
-                                  V (&y)[length]) const {
+  [[gnu::noinline]] void climb_on(V (&z)[length], V (&u)[length], Climb climb, V excess, V inside, T* y) const {
     climb.go_on(excess, inside, total_,
                 [&](V lambda, auto, V& excess, V& inside) CO_INLINE { read(z, u, lambda, excess, inside); });
     finish(z, u, climb, y);
     if (!any(climb.off)) return;
     // Rows that are off take their y from the projection of any numbers.
     const Spread off(climb.off ? V{} + 1 : V{});
-    T x[length * width<T>], d[length * width<T>];
+    T x[width<T>], d[width<T>];
     ProjectionScratch scratch(length);
     for (int i = 0; i < length; ++i) {
-      store(x + i * width<T>, z[i]);
-      store(d + i * width<T>, 1 / u[i]);
-      for (int l = 0; l < width<T>; l += length) {
-        const int at = i * width<T> + l;
-        project_row<true>(length, x + at, d + at, x + at, total_, scratch);
-      }
-      y[i] = off[i] > V{} ? load(x + i * width<T>) : y[i];
+      store(x, z[i]);
+      store(d, 1 / u[i]);
+      for (int l = 0; l < width<T>; l += length) project_row<true>(length, x + l, d + l, x + l, total_, scratch);
+      T* const y_i = y + i * width<T>;
+      store(y_i, off[i] > V{} ? load(x) : load(y_i));
     }
   }
 

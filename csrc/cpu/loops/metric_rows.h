@@ -27,11 +27,12 @@ class MetricRows {
   }
 
   // y may be x. v_at(i, fresh): the v of which the metric is made, of the vector at i in the operands, where only what
-  // is fresh may be written; called once for each vector, for a row's last one first.
-  template <typename VAt>
-  [[gnu::noinline]] void project(int rows, const VAt& v_at, const T* x, const T* m, T* y) {
+  // is fresh may be written; called once for each vector, for a row's last one first. vectors: of how many whole ones a
+  // row is, or 0 where that is not known before.
+  template <int vectors, typename VAt>
+  [[gnu::noinline]] void project(int rows, const VAt v_at, const T* x, const T* m, T* y) {
     const MetricTarget<T> of = of_;  // locals, which no store can change
-    const Rows at = at_;
+    const Rows at = at_.of_vectors(vectors);
     V part[lanes], part_u[lanes];  // what is combined along each row
     for (int r = rows; r < lanes; ++r) part[r] = part_u[r] = V{};
     for (int r = 0; r < rows; ++r) {
@@ -66,7 +67,7 @@ class MetricRows {
     const V sum_z = combined(rows, part, Plus());
     Climb climb(sum_z, combined(rows, part_u, Plus()), total_);
     V excess, inside;
-    read(rows, climb.lambda, V{} == V{}, part, part_u, excess, inside);
+    read<vectors>(rows, climb.lambda, V{} == V{}, part, part_u, excess, inside);
     if (!climb.ends(excess, inside, total_)) climb_on(rows, climb, part, part_u, excess, inside);
 
     T lambda[lanes], rest[lanes];
@@ -91,6 +92,12 @@ class MetricRows {
     T *z, *u;
     Mask fresh;  // numbers of the last vector that are not of the one before
 
+    // The same, of a length that a compiler knows unless it is 0.
+    CO_HD Rows of_vectors(int vectors) const {
+      const int64_t known = vectors * lanes;
+      return vectors == 0 ? *this : Rows{known, known, known, z, u, fresh};
+    }
+
     // body(0 or 1 in turns, where numbers of row r are, where those of operands are, which of them count).
     template <typename Body>
     CO_HD void for_whole(int64_t r, int64_t begin, int64_t end, const Body& body) const {
@@ -104,7 +111,7 @@ class MetricRows {
     }
     template <typename Body>
     CO_HD void for_last(int64_t r, const Body& body) const {
-      if (whole < length) body(whole / lanes % 2, r * room + whole, (r + 1) * length - lanes, fresh);
+      if (whole < length) body(1, r * room + whole, (r + 1) * length - lanes, fresh);
     }
     template <typename Body>
     CO_HD void for_each(int64_t r, const Body& body) const {
@@ -116,12 +123,13 @@ class MetricRows {
   // In a lane for each row; if there is but one, in all.
   template <typename Combine>
   CO_HD static V combined(int rows, const V (&part)[lanes], Combine combine) {
-    return rows == 1 ? V{} + across<T, T>(part[0], combine) : across_each<lanes, lanes>(part, combine);
+    return rows == 1 ? V{} + across<T, T>(part[0], combine) : across_each<lanes>(part, combine);
   }
 
   // How much more than total is left at lambda, and the sum of u of what is left, of some rows.
+  template <int vectors>
   CO_HD void read(int rows, V lambdas, Mask which, V (&part)[lanes], V (&part_u)[lanes], V& excess, V& inside) const {
-    const Rows at = at_;
+    const Rows at = at_.of_vectors(vectors);
     T lambda[lanes];
     std::remove_reference_t<decltype(which[0])> reads[lanes];
     store(lambda, lambdas);
@@ -161,7 +169,7 @@ class MetricRows {
   [[gnu::noinline]] void climb_on(int rows, Climb& climb, V (&part)[lanes], V (&part_u)[lanes], V excess, V inside) {
     for (int l = 0; l < lanes; ++l) climb.going[l] = l < rows ? -1 : 0;
     climb.go_on(excess, inside, total_, [&](V lambda, Mask going, V& excess, V& inside) CO_INLINE {
-      read(rows, lambda, going, part, part_u, excess, inside);
+      read<0>(rows, lambda, going, part, part_u, excess, inside);
     });
     if (any(climb.off)) project_anew(climb);
   }

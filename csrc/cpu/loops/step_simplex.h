@@ -101,20 +101,16 @@ class SimplexStep {
 
   template <int length>
   [[gnu::noinline]] static void in_lanes(const Adam<T>& of, T total, const Block& all) {
-    constexpr int batch = length * width<T>;
+    constexpr int batches = length <= 8 ? 2 : 1, batch = batches * MetricLanes<T, length>::batch;
     const Adam<T> adam = of;  // a local, which no store can change
     const MetricLanes<T, length> rows(adam, total);
     all.template in_batches<batch>([&](const Block block) {
-      for (int64_t i = 0; i < block.n; i += batch) {
-        V x[length], m[length], v[length];
-        for (int j = 0; j < length; ++j) {
-          const int64_t at = i + j * width<T>;
-          v[j] = block.step_moments(adam, at, everything, m[j]);
-          x[j] = load(block.x + at);
-        }
-        rows.project(x, m, v);
-        for (int j = 0; j < length; ++j) store(block.x + i + j * width<T>, x[j]);
+      alignas(64) T d[StepBlocks::elements];  // no block of such rows is larger
+      for (int64_t i = 0; i < block.n; i += width<T>) {
+        V m;
+        store(d + i, rows.metric(block.step_moments(adam, i, everything, m)));
       }
+      for (int64_t i = 0; i < block.n; i += batch) rows.template project<batches>(d + i, block.m + i, block.x + i);
     });
   }
 
@@ -136,12 +132,19 @@ class SimplexStep {
     MetricRows<T> rows(adam, total_, length_, memory_.at(0), memory_.at(1));
     for (int64_t row = 0; row < count; row += at_once_) {
       const int64_t first = row * length_;
-      const auto v_at = [&](int64_t i, typename Block::Mask fresh) CO_INLINE {
+      // By value, for no store can change that.
+      const auto v_at = [adam, block, first](int64_t i, typename Block::Mask fresh) CO_INLINE {
         V m;
         return block.step_moments(adam, first + i, fresh, m);
       };
-      rows.project(static_cast<int>(std::min(at_once_, count - row)), v_at, block.x + first, block.m + first,
-                   block.x + first);
+      const auto project = [&]<int vectors>(std::integral_constant<int, vectors>) {
+        rows.template project<vectors>(static_cast<int>(std::min(at_once_, count - row)), v_at, block.x + first,
+                                       block.m + first, block.x + first);
+      };
+      if (length_ == shortest_row)
+        project(std::integral_constant<int, shortest_row / width<T>>());
+      else
+        project(std::integral_constant<int, 0>());
     }
   }
 
@@ -198,7 +201,7 @@ class SimplexStep {
       read_numbers(block.x + first, layout.inner, length_, x);
       read_numbers(block.m + first, layout.inner, length_, m);
       read_numbers(of_metric(block) + first, layout.inner, length_, v);
-      rows.project(1, v_at, x, m, x);
+      rows.template project<0>(1, v_at, x, m, x);
       write_numbers(x, length_, block.x + first, layout.inner);
     }
   }
