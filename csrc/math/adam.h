@@ -4,7 +4,10 @@
 //
 //   g <- g + weight_decay x   or, decoupled,   x <- x (1 - lr weight_decay)
 //   m <- beta1 m + (1 - beta1) g      v <- beta2 v + (1 - beta2) g^2      amsgrad: v <- max of all v so far
-//   d = sqrt(v / (1 - beta2^t)) + eps      y = x - lr / (1 - beta1^t) m / d
+//   d = sqrt(v) + eps r      y = x - lr r / (1 - beta1^t) m / d      with r = sqrt(1 - beta2^t)
+//
+// This is d as others have it, times r, which takes a multiplication from each element. A projection in the metric d is
+// the same in any multiple of it.
 #pragma once
 
 #include "numeric.h"
@@ -23,27 +26,25 @@ struct Adam {
   T grad_factor;  // of the gradient as it comes
   T weight_decay, decay;
   T beta1_rest, beta2, beta2_rest;  // 1 - beta1, beta2, 1 - beta2
-  T step_size, root_scale;          // lr / (1 - beta1^t), 1 / std::sqrt(1 - beta2^t)
-  T eps;
+  T step_size, eps;                 // lr r / (1 - beta1^t), eps r
 
   // `step` counts this one in: 1 in the first.
   CO_HD static Adam at(const AdamOptions& o, double step, double grad_scale = 1) {
     const double shrink = o.decoupled ? 1 - o.lr * o.weight_decay : 1;
+    const double root = std::sqrt(1 - std::pow(o.beta2, step));
     return {T((o.maximize ? -1 : 1) / grad_scale),
             T(o.decoupled ? 0 : o.weight_decay),
             T(shrink),
             T(1 - o.beta1),
             T(o.beta2),
             T(1 - o.beta2),
-            T(o.lr / (1 - std::pow(o.beta1, step))),
-            T(1 / std::sqrt(1 - std::pow(o.beta2, step))),
-            T(o.eps)};
+            T(o.lr * root / (1 - std::pow(o.beta1, step))),
+            T(o.eps * root)};
   }
 
   template <typename U>
   CO_HD Adam<U> as() const {
-    return {U(grad_factor), U(weight_decay), U(decay),      U(beta1_rest), U(beta2),
-            U(beta2_rest),  U(step_size),    U(root_scale), U(eps)};
+    return {U(grad_factor), U(weight_decay), U(decay), U(beta1_rest), U(beta2), U(beta2_rest), U(step_size), U(eps)};
   }
 };
 
@@ -66,7 +67,7 @@ CO_HD V adam_moments(const Adam<T>& adam, V g, V x, Moments<V>& moments) {
 // The metric d, from the square root of v.
 template <typename V, typename T>
 CO_HD V adam_metric_of(const Adam<T>& adam, V root) {
-  return root * adam.root_scale + adam.eps;
+  return root + adam.eps;
 }
 
 // Moments as above; returns the metric d.

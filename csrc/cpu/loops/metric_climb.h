@@ -1,6 +1,6 @@
 // The projection of a step of Adam onto the simplex, for rows of float or double. From x and the moments m and v, with
 //
-//   d = sqrt(v) root_scale + eps, none less than its share of the row's largest,   u = 1 / d,   z = x - step_size m u,
+//   d = sqrt(v) + eps, none less than its share of the row's largest,   u = 1 / d,   z = x - step_size m u,
 //
 // it is y = max(0, z - lambda u) as in csrc/math/projection.h. Newton's method starts from the support that x has: that
 // has a lambda no larger than the wanted one, and mostly is the support of y already. metric_lanes.h takes rows that
@@ -69,7 +69,7 @@ struct MetricTarget {
   using V = Vector<T>;
   Adam<T> adam;
 
-  explicit MetricTarget(const Adam<T>& of) : adam(of) { adam.root_scale /= 2; }
+  explicit MetricTarget(const Adam<T>& of) : adam(of) { adam.eps *= 2, adam.step_size *= 2; }  // for twice d
   CO_HD V metric(V v) const { return adam_metric_of(adam, twice_root(v)); }
   CO_HD V target(V x, V m, V u) const { return adam_target(adam, x, m * u); }
 };

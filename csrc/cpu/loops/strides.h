@@ -47,6 +47,10 @@ CO_HD void in_strides(int64_t n, const Fetch& fetch, const Stages&... stages) {
   for (int64_t start = 0; start < whole + behind * stride; start += stride) {
     if (n >= loop_chunk) fetch(start);
     int64_t at = start;
+    if (start >= behind * stride && start < whole) {  // all stages are at work: nothing between them keeps them apart
+      ((run_stage(stages, at, at + stride), at -= stride), ...);
+      continue;
+    }
     const auto run = [&](const auto& stage) CO_INLINE {
       if (at >= 0 && at < whole) run_stage(stage, at, at + stride);
       at -= stride;
