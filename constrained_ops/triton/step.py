@@ -54,9 +54,8 @@ class Adam(NamedTuple):
     beta1_rest: Any  # 1 - beta1
     beta2: Any
     beta2_rest: Any
-    step_size: Any  # lr / (1 - beta1^t)
-    root_scale: Any  # 1 / sqrt(1 - beta2^t)
-    eps: Any
+    step_size: Any  # lr r / (1 - beta1^t), with r = sqrt(1 - beta2^t), as in csrc/math/adam.h
+    eps: Any  # eps r
 
 
 @triton.jit
@@ -70,6 +69,7 @@ def adam_at(group, flags, step, grad_scale, COMPUTE: tl.constexpr):
     decoupled = (flags & DECOUPLED) != 0
     sign = tl.where((flags & MAXIMIZE) != 0, -1.0, 1.0).to(tl.float64)
     t = step.to(tl.float64)
+    root = tl.sqrt(1.0 - exp(t * log(beta2)))
     return Adam(
         grad_factor=(sign / grad_scale).to(COMPUTE),
         weight_decay=tl.where(decoupled, 0.0, weight_decay).to(COMPUTE),
@@ -77,9 +77,8 @@ def adam_at(group, flags, step, grad_scale, COMPUTE: tl.constexpr):
         beta1_rest=(1.0 - beta1).to(COMPUTE),
         beta2=beta2.to(COMPUTE),
         beta2_rest=(1.0 - beta2).to(COMPUTE),
-        step_size=(lr / (1.0 - exp(t * log(beta1)))).to(COMPUTE),
-        root_scale=(1.0 / tl.sqrt(1.0 - exp(t * log(beta2)))).to(COMPUTE),
-        eps=number(group, EPS).to(COMPUTE),
+        step_size=(lr * root / (1.0 - exp(t * log(beta1)))).to(COMPUTE),
+        eps=(number(group, EPS) * root).to(COMPUTE),
     )
 
 
@@ -150,7 +149,7 @@ def moments_after(memory, at, inside, adam, g, x, ALIGNED: tl.constexpr):
     m += adam.beta1_rest * (g - m)
     v = adam.beta2 * v + adam.beta2_rest * g * g
     largest_v = tl.where((v > largest_v) | (v != v), v, largest_v)  # NaN if either is
-    d = square_root(tl.where(amsgrad, largest_v, v)) * adam.root_scale + adam.eps
+    d = square_root(tl.where(amsgrad, largest_v, v)) + adam.eps
     return Moments(m, v, largest_v, d)
 
 

@@ -80,7 +80,7 @@ CO_HD V add_where(decltype(V{} == V{}) mask, V sum, V term) {
 }
 
 // Two vectors to one: what lies `distance` lanes apart combined, of a in lanes without that bit, of b in those with it.
-// One of them is a blend, for which a processor has more units than for shuffles.
+// One of the two shuffles is a blend, for which a processor has more units than for the other.
 template <int distance, typename V, typename Combine, int... lane>
 CO_HD V halved(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
   constexpr int lanes = sizeof...(lane);

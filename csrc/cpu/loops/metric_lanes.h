@@ -19,7 +19,7 @@ class MetricLanes {
 
   MetricLanes(const Adam<T>& adam, T total) : of_(adam), total_(total) {}
 
-  // Of the v of which it is made.
+  // For project(), from the v of which it is made.
   CO_HD V metric(V v) const { return of_.metric(v); }
 
   // Some batches at once, since each operation on one waits for the one before it. d: the metric. y is made of x.

@@ -105,6 +105,7 @@ class SimplexStep {
     const Adam<T> adam = of;  // a local, which no store can change
     const MetricLanes<T, length> rows(adam, total);
     all.template in_batches<batch>([&](const Block block) {
+      static_assert(batch <= StepBlocks::elements && RowUnits::lanes * length <= StepBlocks::elements);
       alignas(64) T d[StepBlocks::elements];  // no block of such rows is larger
       for (int64_t i = 0; i < block.n; i += width<T>) {
         V m;
