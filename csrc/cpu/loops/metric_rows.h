@@ -27,10 +27,11 @@ class MetricRows {
   }
 
   // y may be x. v_at(i, fresh): the v of which the metric is made, of the vector at i in the operands, where only what
-  // is fresh may be written; called once for each vector, for a row's last one first. vectors: of how many whole ones a
-  // row is, or 0 where that is not known before.
-  template <int vectors, typename VAt>
-  [[gnu::noinline]] void project(int rows, const VAt v_at, const T* x, const T* m, T* y) {
+  // is fresh may be written; called once for each vector, for a row's last one first. fetch(i) is called once for each
+  // vector after that, to ask for what is read later. vectors: of how many whole ones a row is, or 0 where that is not
+  // known before.
+  template <int vectors, typename VAt, typename Fetch>
+  [[gnu::noinline]] void project(int rows, const VAt v_at, const Fetch fetch, const T* x, const T* m, T* y) {
     const MetricTarget<T> of = of_;  // locals, which no store can change
     const Rows at = at_.of_vectors(vectors);
     V part[lanes], part_u[lanes];  // what is combined along each row
@@ -53,6 +54,7 @@ class MetricRows {
       const V least = V{} + floor[r];
       V sum_z[2] = {}, sum_u[2] = {};
       at.for_each(r, [&](int i, int64_t here, int64_t from, Mask fresh) CO_INLINE {
+        fetch(from);
         const V u = reciprocal(larger_of(load(at.u + here), least)), x_k = load(x + from);
         const V z = fresh ? of.target(x_k, load(m + from), u) : V{} - std::numeric_limits<T>::infinity();
         store(at.z + here, z);

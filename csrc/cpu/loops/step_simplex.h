@@ -12,7 +12,8 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// A block in memory, in the compute type.
+// A block in memory, in the compute type. What follows it is asked for while it is worked on, a short block's moments
+// and its projection each for half of that, since in a hurry memory does not keep up, and in between has nothing to do.
 template <bool amsgrad, typename T>
 struct SimplexBlock {
   using V = Vector<T>;
@@ -21,13 +22,15 @@ struct SimplexBlock {
   int64_t n;
   const T* grad;
   T *x, *m, *v, *largest_v;  // largest_v: with amsgrad
+  int64_t ahead;             // of what is asked for: n for a short block, less for a long one, 0 for nothing
 
   // Moments after the gradient, of the vector at i, of which only what is fresh is written. Returns the v of which the
   // metric is made.
   CO_HD V step_moments(const Adam<T>& adam, int64_t i, Mask fresh, V& new_m) const {
-    if (n >= loop_chunk) {
-      fetch_ahead<width<T>>(i, grad, x, m, v);
-      if constexpr (amsgrad) fetch_ahead<width<T>>(i, largest_v);
+    if (ahead > 0) {
+      fetch<Cache::second>(i + ahead, width<T>, grad, v);
+      if constexpr (amsgrad) fetch<Cache::second>(i + ahead, width<T>, largest_v);
+      if (ahead < n) fetch<Cache::second>(i + ahead, width<T>, x, m);
     }
     Moments<V> moments{load(m + i), load(v + i), V{}};
     if constexpr (amsgrad) moments.largest_v = load(largest_v + i);
@@ -40,11 +43,16 @@ struct SimplexBlock {
     return of_metric;
   }
 
+  // For the projection of so many numbers at i.
+  CO_HD void fetch_projected(int64_t i, int64_t count) const {
+    if (ahead == n) fetch<Cache::second>(i + ahead, count, x, m);
+  }
+
   // run(block) for all whole `batch`es and, on copies with neighbours of no account, for what is left.
   template <int batch, typename Run>
   CO_HD void in_batches(const Run& run) const {
     const int64_t whole = n / batch * batch, rest = n - whole;
-    if (whole > 0) run(SimplexBlock{whole, grad, x, m, v, largest_v});
+    if (whole > 0) run(SimplexBlock{whole, grad, x, m, v, largest_v, ahead == n ? whole : ahead});
     if (rest == 0) return;
     T copies[5][batch];
     const T* const from[] = {grad, x, m, v, largest_v};
@@ -52,7 +60,7 @@ struct SimplexBlock {
       std::fill_n(copies[j] + rest, batch - rest, T(1));
       std::copy_n(from[j] + whole, rest, copies[j]);
     }
-    run(SimplexBlock{batch, copies[0], copies[1], copies[2], copies[3], copies[4]});
+    run(SimplexBlock{batch, copies[0], copies[1], copies[2], copies[3], copies[4], 0});
     T* const to[] = {x, m, v, largest_v};
     for (int j = 0; j < 3 + amsgrad; ++j) std::copy_n(copies[1 + j], rest, to[j] + whole);
   }
@@ -84,13 +92,12 @@ class SimplexStep {
       for (int i = 0; i < 3; ++i) std::fill_n(memory_.at(i), length_ * RowUnits::lanes, T(1));  // lanes without a row
   }
 
-  // `more`: what is read next follows in memory.
-  void operator()(const RowLayout& rows, const Block& block, bool more) {
+  void operator()(const RowLayout& rows, const Block& block) {
     if (in_lanes_) return in_lanes_(adam_, total_, block);
     if (!in_tiles_ && rows.inner == 1) return in_rows(rows.outer, block);
     step_moments(adam_, block);
     if (in_tiles_)
-      project_tiles(rows, block, more);
+      project_tiles(rows, block);
     else
       project_apart(rows, block);
   }
@@ -111,7 +118,10 @@ class SimplexStep {
         V m;
         store(d + i, rows.metric(block.step_moments(adam, i, everything, m)));
       }
-      for (int64_t i = 0; i < block.n; i += batch) rows.template project<batches>(d + i, block.m + i, block.x + i);
+      for (int64_t i = 0; i < block.n; i += batch) {
+        block.fetch_projected(i, batch);
+        rows.template project<batches>(d + i, block.m + i, block.x + i);
+      }
     });
   }
 
@@ -138,8 +148,9 @@ class SimplexStep {
         V m;
         return block.step_moments(adam, first + i, fresh, m);
       };
+      const auto fetch = [block, first](int64_t i) CO_INLINE { block.fetch_projected(first + i, width<T>); };
       const auto project = [&]<int vectors>(std::integral_constant<int, vectors>) {
-        rows.template project<vectors>(static_cast<int>(std::min(at_once_, count - row)), v_at, block.x + first,
+        rows.template project<vectors>(static_cast<int>(std::min(at_once_, count - row)), v_at, fetch, block.x + first,
                                        block.m + first, block.x + first);
       };
       if (length_ == shortest_row)
@@ -161,25 +172,14 @@ class SimplexStep {
 
   static const T* of_metric(const Block& block) { return amsgrad ? block.largest_v : block.v; }
 
-  // As much of what is read next as is projected now, so that it is on its way to the second-level cache meanwhile:
-  // each second line, since a processor fetches that one's neighbour, too.
-  CO_HD static void fetch_next(const Block& block, int64_t first, int64_t n) {
-    for (const T* operand :
-         {block.grad, static_cast<const T*>(block.x), static_cast<const T*>(block.m), static_cast<const T*>(block.v)}) {
-      const uintptr_t begin = reinterpret_cast<uintptr_t>(operand + block.n + first);
-      for (uintptr_t at = begin; at < begin + n * sizeof(T); at += 128)
-        __builtin_prefetch(reinterpret_cast<const void*>(at), 0, 2);
-    }
-  }
-
-  void project_tiles(const RowLayout& layout, const Block& block, bool more) {
+  void project_tiles(const RowLayout& layout, const Block& block) {
     const RowUnits units(layout, longest_in_tile);
     for (int64_t unit = 0; unit < units.count; ++unit) {
       const TileRows rows(layout, units, unit);
       rows.load(block.x, memory_.at(0));
       rows.load(of_metric(block), memory_.at(1));
       rows.load(block.m, memory_.at(2));
-      if (more) fetch_next(block, rows.first, rows.count * rows.length);
+      block.fetch_projected(rows.first, rows.count * rows.length);
       length_ == 3 ? project_columns<3>() : project_columns<0>();
       rows.store(memory_.at(0), block.x);
     }
@@ -202,7 +202,7 @@ class SimplexStep {
       read_numbers(block.x + first, layout.inner, length_, x);
       read_numbers(block.m + first, layout.inner, length_, m);
       read_numbers(of_metric(block) + first, layout.inner, length_, v);
-      rows.template project<0>(1, v_at, x, m, x);
+      rows.template project<0>(1, v_at, [](int64_t) CO_INLINE {}, x, m, x);
       write_numbers(x, length_, block.x + first, layout.inner);
     }
   }
@@ -228,18 +228,20 @@ void step_in_metric(const StepSlot& slot, const void* grads, const Adam<compute_
   for (int64_t index = begin * ratio; index < std::min(end * ratio, blocks.count); ++index) {
     const StepBlock block(slot.rows, blocks, index);
     const int64_t n = block.numel();
+    const bool in_place = block.in_place<Storage, T>() && block.in_place<State, T>();
     Storage* param = static_cast<Storage*>(slot.param);
     State *exp_avg = static_cast<State*>(slot.exp_avg), *exp_avg_sq = static_cast<State*>(slot.exp_avg_sq),
           *max_exp_avg_sq = static_cast<State*>(slot.max_exp_avg_sq);
+    // Of more at a time than such a block a processor has no places for.
+    const int64_t ahead = !in_place || n < loop_chunk ? 0 : n <= StepBlocks::elements ? n : loop_chunk;
     const SimplexBlock<amsgrad, T> in_compute{n,
                                               block.open(static_cast<const Storage*>(grads), scratch.at(0)),
                                               block.open(param, scratch.at(1)),
                                               block.open(exp_avg, scratch.at(2)),
                                               block.open(exp_avg_sq, scratch.at(3)),
-                                              amsgrad ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr};
-    // More at a time than this a processor has no places for.
-    const bool more = n <= StepBlocks::elements && block.in_place<Storage, T>() && block.in_place<State, T>();
-    step(block.local, in_compute, more);
+                                              amsgrad ? block.open(max_exp_avg_sq, scratch.at(4)) : nullptr,
+                                              ahead};
+    step(block.local, in_compute);
     block.close(param, in_compute.x);
     block.close(exp_avg, in_compute.m);
     block.close(exp_avg_sq, in_compute.v);

@@ -12,18 +12,28 @@ namespace {
 
 constexpr int64_t stride = 32;  // numbers: several vectors of independent work for the compiler to interleave
 
-// Asks for the stride that comes a chunk after i: a processor foresees what is read next only within a page, and it has
-// many operands to follow here.
 constexpr int64_t loop_chunk = 512;
-template <int64_t numbers = stride, typename... T>
-CO_HD void fetch_ahead(int64_t i, const T*... operands) {
-  const auto fetch = [i](const auto* operand) CO_INLINE {
-    const uintptr_t from = reinterpret_cast<uintptr_t>(operand) + (i + loop_chunk) * sizeof(*operand);
-#pragma GCC unroll 4
-    for (uintptr_t line = 0; line < numbers * sizeof(*operand); line += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(from + line));
+
+// Asks for numbers [begin, begin + n) of operands, a line of cache in each `apart` bytes: a processor foresees what is
+// read next only within a page, and it has many operands to follow here. What comes from memory had better go to the
+// second-level cache, for on its way to the first one it holds up the reading of what is there.
+enum class Cache { first = 3, second = 2 };  // as __builtin_prefetch counts them
+template <Cache cache, uintptr_t apart = 64, typename... T>
+CO_HD void fetch(int64_t begin, int64_t n, const T*... operands) {
+  const auto each = [begin, n](const auto* operand) CO_INLINE {
+    const uintptr_t first = reinterpret_cast<uintptr_t>(operand) + begin * sizeof(*operand),
+                    bytes = n * sizeof(*operand);
+#pragma GCC unroll 8
+    for (uintptr_t line = 0; line < bytes; line += apart)
+      __builtin_prefetch(reinterpret_cast<const void*>(first + line), 0, static_cast<int>(cache));
   };
-  (fetch(operands), ...);
+  (each(operands), ...);
+}
+
+// The stride that comes a chunk after i.
+template <Cache cache = Cache::first, uintptr_t apart = 64, typename... T>
+CO_HD void fetch_ahead(int64_t i, const T*... operands) {
+  fetch<cache, apart>(i + loop_chunk, stride, operands...);
 }
 
 // stage(i) for each of these numbers, or stage(begin, end) for all of them.
