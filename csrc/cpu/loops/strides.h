@@ -15,8 +15,9 @@ constexpr int64_t stride = 32;  // numbers: several vectors of independent work 
 constexpr int64_t loop_chunk = 512;
 
 // Asks for numbers [begin, begin + n) of operands, a line of cache in each `apart` bytes: a processor foresees what is
-// read next only within a page, and it has many operands to follow here. What comes from memory had better go to the
-// second-level cache, for on its way to the first one it holds up the reading of what is there.
+// read next only within a page, and it has many operands to follow here. On its way to the first-level cache what comes
+// from memory holds up the reading of what is there; loops that compute much in between, as the transforms do, gain all
+// the same.
 enum class Cache { first = 3, second = 2 };  // as __builtin_prefetch counts them
 template <Cache cache, uintptr_t apart = 64, typename... T>
 CO_HD void fetch(int64_t begin, int64_t n, const T*... operands) {
