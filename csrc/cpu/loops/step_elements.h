@@ -48,15 +48,15 @@ template <typename Hook, bool amsgrad, typename T>
 [[gnu::noinline]] void adam_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                  T* __restrict y, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                  const T* __restrict lower, const T* __restrict upper) {
-  const auto fetch_each = [](int64_t i, const auto*... operands) CO_INLINE {
-    fetch_ahead<Cache::second, 128>(i, operands...);  // each second line: a processor fetches that one's neighbour, too
+  const auto fetch_lines = [](int64_t i, const auto*... operands) CO_INLINE {  // each second; its neighbour comes along
+    fetch<Cache::second, 128>(i + loop_chunk, stride, operands...);
   };
   in_strides(
       n,
       [&](int64_t i) CO_INLINE {
-        fetch_each(i, grad, y, m, v);
-        if constexpr (amsgrad) fetch_each(i, largest_v);
-        if constexpr (Hook::by_element) fetch_each(i, lower, upper);
+        fetch_lines(i, grad, y, m, v);
+        if constexpr (amsgrad) fetch_lines(i, largest_v);
+        if constexpr (Hook::by_element) fetch_lines(i, lower, upper);
       },
       [&](int64_t i)
           CO_INLINE { adam_element<Hook, amsgrad>(adam, scalars, i, grad, y, m, v, largest_v, lower, upper); });

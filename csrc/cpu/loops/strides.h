@@ -10,9 +10,8 @@
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-constexpr int64_t stride = 32;  // numbers: several vectors of independent work for the compiler to interleave
-
-constexpr int64_t loop_chunk = 512;
+constexpr int64_t stride = 32;       // numbers: several vectors of independent work for the compiler to interleave
+constexpr int64_t loop_chunk = 512;  // numbers that a loop is given at a time
 
 // Asks for numbers [begin, begin + n) of operands, a line of cache in each `apart` bytes: a processor foresees what is
 // read next only within a page, and it has many operands to follow here. On its way to the first-level cache what comes
@@ -32,9 +31,9 @@ CO_HD void fetch(int64_t begin, int64_t n, const T*... operands) {
 }
 
 // The stride that comes a chunk after i.
-template <Cache cache = Cache::first, uintptr_t apart = 64, typename... T>
+template <typename... T>
 CO_HD void fetch_ahead(int64_t i, const T*... operands) {
-  fetch<cache, apart>(i + loop_chunk, stride, operands...);
+  fetch<Cache::first>(i + loop_chunk, stride, operands...);
 }
 
 // stage(i) for each of these numbers, or stage(begin, end) for all of them.
