@@ -42,9 +42,43 @@ struct Adam {
             T(o.eps * root)};
   }
 
+  // What comes before Adam: to a gradient, as it comes and with that of L2 regularisation, and to the number itself.
+  template <typename V>
+  CO_HD V scaled(V grad) const {
+    return grad * grad_factor;
+  }
+  template <typename V>
+  CO_HD V regularised(V g, V x) const {
+    return g + (weight_decay == T(0) ? V{} : weight_decay * x);  // x may be infinite
+  }
+  template <typename V>
+  CO_HD V decayed(V x) const {
+    return x * decay;
+  }
+
   template <typename U>
   CO_HD Adam<U> as() const {
     return {U(grad_factor), U(weight_decay), U(decay), U(beta1_rest), U(beta2), U(beta2_rest), U(step_size), U(eps)};
+  }
+};
+
+// The same for a step that takes gradients as they come and decays nothing, as most do: an operation less for each.
+template <typename T>
+struct PlainAdam : Adam<T> {
+  CO_HD static bool suits(const Adam<T>& adam) {
+    return adam.grad_factor == T(1) && adam.weight_decay == T(0) && adam.decay == T(1);
+  }
+  template <typename V>
+  CO_HD V scaled(V grad) const {
+    return grad;
+  }
+  template <typename V>
+  CO_HD V regularised(V g, V) const {
+    return g;
+  }
+  template <typename V>
+  CO_HD V decayed(V x) const {
+    return x;
   }
 };
 
@@ -54,10 +88,10 @@ struct Moments {
 };
 
 // Moments after a gradient g at x; g after its transform's derivative. Returns that v of which the metric is made. Here
-// and below V is T, or a vector of it.
-template <bool amsgrad, typename V, typename T>
-CO_HD V adam_moments(const Adam<T>& adam, V g, V x, Moments<V>& moments) {
-  g += adam.weight_decay == T(0) ? V{} : adam.weight_decay * x;  // x may be infinite
+// and below V is T, or a vector of it, and A is Adam<T> or PlainAdam<T>.
+template <bool amsgrad, typename A, typename V>
+CO_HD V adam_moments(const A& adam, V g, V x, Moments<V>& moments) {
+  g = adam.regularised(g, x);
   moments.m += adam.beta1_rest * (g - moments.m);
   moments.v = adam.beta2 * moments.v + adam.beta2_rest * g * g;
   if constexpr (amsgrad) moments.largest_v = larger_or_nan(moments.largest_v, moments.v);
@@ -65,21 +99,21 @@ CO_HD V adam_moments(const Adam<T>& adam, V g, V x, Moments<V>& moments) {
 }
 
 // The metric d, from the square root of v.
-template <typename V, typename T>
-CO_HD V adam_metric_of(const Adam<T>& adam, V root) {
+template <typename A, typename V>
+CO_HD V adam_metric_of(const A& adam, V root) {
   return root + adam.eps;
 }
 
 // Moments as above; returns the metric d.
-template <bool amsgrad, typename T>
-CO_HD T adam_metric(const Adam<T>& adam, T g, T x, Moments<T>& moments) {
+template <bool amsgrad, typename A, typename T>
+CO_HD T adam_metric(const A& adam, T g, T x, Moments<T>& moments) {
   return adam_metric_of(adam, std::sqrt(adam_moments<amsgrad>(adam, g, x, moments)));
 }
 
 // Where Adam goes from x in `direction` m / d, before a projection.
-template <typename V, typename T>
-CO_HD V adam_target(const Adam<T>& adam, V x, V direction) {
-  return x * adam.decay - adam.step_size * direction;
+template <typename A, typename V>
+CO_HD V adam_target(const A& adam, V x, V direction) {
+  return adam.decayed(x) - adam.step_size * direction;
 }
 
 // On a simplex no d is less than this share of its row's largest: a coordinate that has never seen a gradient would

@@ -22,13 +22,23 @@ struct Sigmoid {
   T log1p_e;
   bool upper_half;  // raw >= 0
 
-  CO_HD static Exp<T> exponential(T raw) { return exp_nonpositive(-magnitude_of(raw)); }
-  CO_HD static Sigmoid at(T raw) { return of(raw, exponential(raw)); }
-  CO_HD static Sigmoid of(T raw, const Exp<T>& exponential) {
+  CO_HD static Sigmoid at(T raw) {
+    const Exp<T> exponential = exp_nonpositive(-magnitude_of(raw));
     const T e = exponential.exp;
-    const T quotient = e / (T(1) + e), far = T(1) - quotient;
+    return of(raw, e, exponential.expm1, e / (T(1) + e));
+  }
+
+  // From 2^lift e, where nobody asks for tanh_half, which would cancel. The derivative of a sigmoid wants no e itself.
+  CO_HD static Sigmoid at(T raw, T lifted_e) {
+    constexpr auto lift = Format<T>::lift;
+    const T e = lifted_e * power_of_two<T>(-lift);
+    return of(raw, e, e - T(1), lifted_e / (power_of_two<T>(lift) + lifted_e));
+  }
+
+  CO_HD static Sigmoid of(T raw, T e, T expm1, T quotient) {
+    const T far = T(1) - quotient;
     const T near = quotient + far * ((e - e * quotient) - quotient);  // a step of Newton's: rounded once, not twice
-    const T tanh_magnitude = -exponential.expm1 * far;
+    const T tanh_magnitude = -expm1 * far;
     const bool upper_half = raw >= T(0);
     const T tanh_half = upper_half ? tanh_magnitude : -tanh_magnitude;
     return {raw, magnitude_of(raw), e, near, far, quotient * far, tanh_half, log1p_unit(e), upper_half};
@@ -48,21 +58,22 @@ struct OfSigmoid {
     return Map::from(Sigmoid<T>::at(raw), b);
   }
 
-  // In two halves, for loops that have other work between them. From e alone follow x and x_raw; tanh_half cancels.
+  // In two halves, for loops that have other work between them and want x and x_raw alone.
   template <typename T>
   CO_HD static T exponential(T raw) {
-    return Sigmoid<T>::exponential(raw).exp;
+    return lifted_exp_nonpositive(-magnitude_of(raw));
   }
   template <typename T>
-  CO_HD static Point<T> at(T raw, T e, const Bounds<T>& b) {
-    return Map::from(Sigmoid<T>::of(raw, {e, e - T(1)}), b);
+  CO_HD static Point<T> at(T raw, T exponential, const Bounds<T>& b) {
+    return Map::from(Sigmoid<T>::at(raw, exponential), b);
   }
 };
 
 struct Interval : OfSigmoid<Interval> {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
-    const T distance = b.width * s.near, x = s.upper_half ? b.upper - distance : b.lower + distance;
+    const T nearer = s.upper_half ? b.upper : b.lower, inwards = s.upper_half ? -b.width : b.width;
+    const T x = nearer + inwards * s.near;
     // The upper half starts where the lower one ends, whatever the bounds round to: x must not fall.
     const T middle = clamp(b.lower + b.width * T(0.5), b.smallest, b.largest);
     const T least = s.upper_half ? middle : b.smallest;

@@ -46,9 +46,9 @@ CO_HD T derivative(OnRaw<Map, each>, T raw, const Bounds<T>& b) {
 }
 
 // `grad` as it comes. `y` is the number on which Adam walks, x or raw, and is overwritten; returns x.
-template <typename Hook, bool amsgrad, typename T>
-CO_HD T step_element(const Adam<T>& adam, const Bounds<T>& bounds, T grad, T& y, Moments<T>& moments) {
-  T g = grad * adam.grad_factor;
+template <typename Hook, bool amsgrad, typename A, typename T>
+CO_HD T step_element(const A& adam, const Bounds<T>& bounds, T grad, T& y, Moments<T>& moments) {
+  T g = adam.scaled(grad);
   if constexpr (Hook::on_raw) g *= derivative(Hook{}, y, bounds);
   const T d = adam_metric<amsgrad>(adam, g, y, moments);
   y = adam_target(adam, y, moments.m / d);

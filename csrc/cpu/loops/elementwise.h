@@ -109,7 +109,7 @@ struct Loop<Storage, Program, Map, by_element, std::index_sequence<I...>, std::i
                                         Pointer<T, O>... out) {
     in_strides(
         n, [&](int64_t i) CO_INLINE { fetch_ahead(i, in..., out...); },
-        [&](int64_t i) CO_INLINE { element(scalars, in[i]..., out[i]...); });
+        [&](int64_t i, int64_t) CO_INLINE { element(scalars, in[i]..., out[i]...); });
   }
 
   CO_HD static void element(const Bounds<T>& scalars, Value<T, I>... in, Value<T&, O>... out) {

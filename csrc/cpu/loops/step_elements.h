@@ -1,5 +1,5 @@
-// A step element by element: operands come in chunks of the compute type that fit the first-level cache, in place where
-// memory has that type, and vector loops go over them. Memory is passed once.
+// A step element by element. Vector loops go over operands in place, or over chunks of them in the compute type where
+// memory has another one or bounds lie beside it. Memory is passed once.
 #pragma once
 
 #include <algorithm>
@@ -29,55 +29,81 @@ struct StepChunk {
   bool past_caches;        // on raw: x is at a whole vector, and written past the caches
 };
 
-// Adam on element i of y, which is the parameter, or raw.
-template <typename Hook, bool amsgrad, typename T>
-CO_HD void adam_element(const Adam<T>& adam, Bounds<T> bounds, int64_t i, const T* __restrict grad, T* __restrict y,
-                        T* __restrict m, T* __restrict v, T* __restrict largest_v, const T* __restrict lower,
-                        const T* __restrict upper) {
-  if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
-  Moments<T> moments{m[i], v[i], T(0)};
-  if constexpr (amsgrad) moments.largest_v = largest_v[i];
-  T walks = y[i];
-  y[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
+// Map's exponentials of n numbers.
+template <typename Map, typename T>
+CO_HD void exponentials(const T* __restrict raw, int64_t n, T* __restrict e) {
+  if constexpr (has_exp_table<T> && std::is_base_of_v<OfSigmoid<Map>, Map>) {
+    for (int64_t k = 0; k < n; k += width<T>)
+      store_some(e + k, n - k, lifted_exp_of_magnitude(load_some(raw + k, n - k)));
+  } else {
+#pragma GCC ivdep
+    for (int64_t k = 0; k < n; ++k) e[k] = Map::exponential(raw[k]);
+  }
+}
+
+template <bool amsgrad, typename T>
+CO_HD Moments<T> moments_at(int64_t i, const T* __restrict m, const T* __restrict v, const T* __restrict largest_v) {
+  if constexpr (amsgrad)
+    return {m[i], v[i], largest_v[i]};
+  else
+    return {m[i], v[i], T(0)};
+}
+template <bool amsgrad, typename T>
+CO_HD void set_moments(int64_t i, const Moments<T>& moments, T* __restrict m, T* __restrict v,
+                       T* __restrict largest_v) {
   m[i] = moments.m;
   v[i] = moments.v;
   if constexpr (amsgrad) largest_v[i] = moments.largest_v;
 }
 
+// run(adam), with the Adam that has the least to do.
+template <typename T, typename Run>
+CO_HD void with_cheapest(const Adam<T>& adam, const Run& run) {
+  if (PlainAdam<T>::suits(adam))
+    run(PlainAdam<T>{adam});
+  else
+    run(adam);
+}
+
 template <typename Hook, bool amsgrad, typename T>
-[[gnu::noinline]] void adam_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
-                                 T* __restrict y, T* __restrict m, T* __restrict v, T* __restrict largest_v,
+[[gnu::noinline]] void adam_loop(const Adam<T> any_adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
+                                 T* __restrict x, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                  const T* __restrict lower, const T* __restrict upper) {
   const auto fetch_lines = [](int64_t i, const auto*... operands) CO_INLINE {  // each second; its neighbour comes along
     fetch<Cache::second, 128>(i + loop_chunk, stride, operands...);
   };
-  in_strides(
-      n,
-      [&](int64_t i) CO_INLINE {
-        fetch_lines(i, grad, y, m, v);
-        if constexpr (amsgrad) fetch_lines(i, largest_v);
-        if constexpr (Hook::by_element) fetch_lines(i, lower, upper);
-      },
-      [&](int64_t i)
-          CO_INLINE { adam_element<Hook, amsgrad>(adam, scalars, i, grad, y, m, v, largest_v, lower, upper); });
+  const auto fetch_stride = [&](int64_t i) CO_INLINE {
+    fetch_lines(i, grad, x, m, v);
+    if constexpr (amsgrad) fetch_lines(i, largest_v);
+    if constexpr (Hook::by_element) fetch_lines(i, lower, upper);
+  };
+  with_cheapest(any_adam, [&](const auto adam) CO_INLINE {
+    in_strides(n, fetch_stride, [&](int64_t i, int64_t) CO_INLINE {
+      Bounds<T> bounds = scalars;
+      if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
+      Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
+      T walks = x[i];
+      x[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
+      set_moments<amsgrad>(i, moments, m, v, largest_v);
+    });
+  });
 }
 
 // Derivative, Adam and transform. Storage tells the innermost neighbours of bounds by element. The exponentials come a
-// stage before what is made of them: the shorter a chain of operations, the more of them a processor has in view. On
-// its way past the caches x is written a stride at a time, so that memory is never left waiting for a whole chunk.
+// stage before what is made of them, and the root before the division by it: the shorter a chain of operations, the
+// more of them a processor has in view. On its way past the caches x is written a stride at a time, so that memory is
+// never left waiting.
 template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
-[[gnu::noinline]] void raw_loop(const Adam<T> adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
+[[gnu::noinline]] void raw_loop(const Adam<T> any_adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                 T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                 const T* __restrict lower, const T* __restrict upper, T* __restrict x,
                                 const bool past_caches) {
-  alignas(64) T e[step_chunk], grad_raw[step_chunk], waiting_x[step_chunk];
-  T* const new_x = past_caches ? waiting_x : x;
-  const auto exponential = [&](int64_t i) CO_INLINE { e[i] = Map::exponential(raw[i]); };
-  const auto point = [&](int64_t i) CO_INLINE {
+  alignas(64) T e[stride], grad_raw[stride], metric[stride], new_e[stride], waiting_x[stride];
+  const auto point = [&](int64_t i, T exponential) CO_INLINE {
     if constexpr (by_element)
-      return Map::at(raw[i], e[i], bounds_of_element<Storage>(lower[i], upper[i]));
+      return Map::at(raw[i], exponential, bounds_of_element<Storage>(lower[i], upper[i]));
     else
-      return Map::at(raw[i], e[i], scalars);
+      return Map::at(raw[i], exponential, scalars);
   };
   in_strides(
       n,
@@ -87,13 +113,29 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
         if constexpr (by_element) fetch_ahead(i, lower, upper);
         if constexpr (amsgrad) fetch_ahead(i, largest_v);
       },
-      exponential, [&](int64_t i) CO_INLINE { grad_raw[i] = grad[i] * point(i).x_raw; },
-      [&](int64_t i) CO_INLINE {
-        adam_element<NoConstraint, amsgrad>(adam, scalars, i, grad_raw, raw, m, v, largest_v, lower, upper);
+      [&](Span at) CO_INLINE { exponentials<Map>(raw + at.begin, at.count, e); },
+      [&](int64_t i, int64_t k) CO_INLINE { grad_raw[k] = grad[i] * point(i, e[k]).x_raw; },
+      [&](Span at) CO_INLINE {
+        with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
+          run_stage(
+              [&](int64_t i, int64_t k) CO_INLINE {
+                Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
+                metric[k] = adam_metric<amsgrad>(adam, adam.scaled(grad_raw[k]), raw[i], moments);
+                set_moments<amsgrad>(i, moments, m, v, largest_v);
+              },
+              at);
+        });
       },
-      exponential, [&](int64_t i) CO_INLINE { new_x[i] = point(i).x; },
-      [&](int64_t begin, int64_t end) CO_INLINE {
-        if (past_caches) copy_past_caches(new_x + begin, end - begin, x + begin);
+      [&](Span at) CO_INLINE {
+        with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
+          run_stage([&](int64_t i, int64_t k) CO_INLINE { raw[i] = adam_target(adam, raw[i], m[i] / metric[k]); }, at);
+        });
+      },
+      [&](Span at) CO_INLINE { exponentials<Map>(raw + at.begin, at.count, new_e); },
+      [&](Span at) CO_INLINE {
+        T* const new_x = past_caches ? waiting_x : x + at.begin;
+        run_stage([&](int64_t i, int64_t k) CO_INLINE { new_x[k] = point(i, new_e[k]).x; }, at);
+        if (past_caches) copy_past_caches(new_x, at.count, x + at.begin);
       });
 }
 
@@ -179,9 +221,10 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
     std::fill_n(lower, std::min(step_chunk, end - begin), scalars.lower);
     std::fill_n(upper, std::min(step_chunk, end - begin), scalars.upper);
   }
+  const int64_t at_once = converts || each ? step_chunk : end - begin;
   auto loop = pick_step<Storage>(slot.kind, amsgrad);
-  for (int64_t start = begin; start < end; start += step_chunk) {
-    const int64_t n = std::min(step_chunk, end - start);
+  for (int64_t start = begin; start < end; start += at_once) {
+    const int64_t n = std::min(at_once, end - start);
     const Storage* grad = static_cast<const Storage*>(grads) + start;
     Storage* x = static_cast<Storage*>(slot.param) + start;
     State *m = advanced<State>(slot.exp_avg, start), *v = advanced<State>(slot.exp_avg_sq, start),

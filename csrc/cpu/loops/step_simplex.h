@@ -35,7 +35,7 @@ struct SimplexBlock {
     Moments<V> moments{load(m + i), load(v + i), V{}};
     if constexpr (amsgrad) moments.largest_v = load(largest_v + i);
     const Moments<V> before = moments;
-    const V of_metric = adam_moments<amsgrad>(adam, load(grad + i) * adam.grad_factor, load(x + i), moments);
+    const V of_metric = adam_moments<amsgrad>(adam, adam.scaled(load(grad + i)), load(x + i), moments);
     store(m + i, fresh ? moments.m : before.m);
     store(v + i, fresh ? moments.v : before.v);
     if constexpr (amsgrad) store(largest_v + i, fresh ? moments.largest_v : before.largest_v);

@@ -36,38 +36,49 @@ CO_HD void fetch_ahead(int64_t i, const T*... operands) {
   fetch<Cache::first>(i + loop_chunk, stride, operands...);
 }
 
-// stage(i) for each of these numbers, or stage(begin, end) for all of them.
+// Numbers [begin, begin + count), for a stage that goes over them by itself.
+struct Span {
+  int64_t begin, count;
+};
+
+// stage(i, k) for each number i of these, the k-th of its stride; or stage(span).
 template <typename Stage>
-CO_HD void run_stage(const Stage& stage, int64_t begin, int64_t end) {
-  if constexpr (std::is_invocable_v<const Stage&, int64_t, int64_t>) {
-    stage(begin, end);
+CO_HD void run_stage(const Stage& stage, Span at) {
+  if constexpr (std::is_invocable_v<const Stage&, Span>) {
+    stage(at);
   } else {
 #pragma GCC ivdep
-    for (int64_t i = begin; i < end; ++i) stage(i);
+    for (int64_t k = 0; k < at.count; ++k) stage(at.begin + k, k);
   }
 }
 
+// run(stage, begin) for the last stage first, each stage a stride behind the one before it.
+template <typename Run, typename Stage, typename... Later>
+CO_HD void last_to_first(const Run& run, int64_t begin, const Stage& stage, const Later&... later) {
+  if constexpr (sizeof...(later) > 0) last_to_first(run, begin - stride, later...);
+  run(stage, begin);
+}
+
 // A stage runs over each of n numbers, each stage a stride behind the one before it: so a processor overlaps the
-// divisions of one with the multiplications of another, which in the same stride wait for each other. A chunk that is
-// whole has another one after it, mostly: fetch(i) is called for each of its strides.
+// divisions of one with the multiplications of another, which in the same stride wait for each other. What one stage
+// hands to the next is read before the next stride of it is written: a stride of memory is enough for it, which the
+// compiler keeps in registers. fetch(i) is called for each stride if there are enough of them.
 template <typename Fetch, typename... Stages>
 CO_HD void in_strides(int64_t n, const Fetch& fetch, const Stages&... stages) {
-  constexpr int64_t behind = sizeof...(stages) - 1;
+  constexpr int64_t behind = (sizeof...(stages) - 1) * stride;
   const int64_t whole = n / stride * stride;
-  for (int64_t start = 0; start < whole + behind * stride; start += stride) {
+  const auto always = [](const auto& stage, int64_t begin) CO_INLINE { run_stage(stage, {begin, stride}); };
+  const auto if_due = [whole](const auto& stage, int64_t begin) CO_INLINE {
+    if (begin >= 0 && begin < whole) run_stage(stage, {begin, stride});
+  };
+  for (int64_t start = 0; start < whole + behind; start += stride) {
     if (n >= loop_chunk) fetch(start);
-    int64_t at = start;
-    if (start >= behind * stride && start < whole) {  // all stages are at work: nothing between them keeps them apart
-      ((run_stage(stages, at, at + stride), at -= stride), ...);
-      continue;
-    }
-    const auto run = [&](const auto& stage) CO_INLINE {
-      if (at >= 0 && at < whole) run_stage(stage, at, at + stride);
-      at -= stride;
-    };
-    (run(stages), ...);
+    if (start >= behind && start < whole)  // all stages are at work: nothing between them keeps them apart
+      last_to_first(always, start, stages...);
+    else
+      last_to_first(if_due, start, stages...);
   }
-  (run_stage(stages, whole, n), ...);
+  (run_stage(stages, {whole, n - whole}), ...);
 }
 
 }  // namespace

@@ -5,9 +5,11 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -37,6 +39,19 @@ CO_HD Vector<T> load(const T* p) {
 template <typename T>
 CO_HD void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof(v));
+}
+
+// The same for n numbers if a vector has more; the rest of it is 0, and not written.
+template <typename T>
+CO_HD Vector<T> load_some(const T* p, int64_t n) {
+  if (n >= width<T>) return load(p);
+  Vector<T> v{};
+  std::memcpy(&v, p, n * sizeof(T));
+  return v;
+}
+template <typename T>
+CO_HD void store_some(T* p, int64_t n, Vector<T> v) {
+  std::memcpy(p, &v, std::min<int64_t>(n, width<T>) * sizeof(T));
 }
 
 // To memory without a place in the caches: for what is not read soon. `to` is at a whole vector. Other threads see it
@@ -112,6 +127,32 @@ CO_HD V twice_root(V v) {
   for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) result[l] = 2 * std::sqrt(v[l]);
   return result;
 }
+
+// 2^lift e^-|x| to 1.1 units in the last place, as math/numeric.h has it, from 2^k 2^(j/16) e^r with the middle factor
+// from a table. Where that is one register, a fourth of the polynomial does.
+template <typename T>
+constexpr bool has_exp_table = false;
+#if defined(__AVX512F__)
+template <>
+constexpr bool has_exp_table<float> = true;
+
+CO_HD Vector<float> lifted_exp_of_magnitude(Vector<float> x) {
+  using F = Format<float>;
+  typedef F::Int Ints __attribute__((vector_size(vector_bytes)));
+  // The bits of 2^(j/16) less those of 1 and less j << 19, which the shift below leaves behind.
+  constexpr Ints table = {0,       -152893, -289342, -408621, -509968, -592590, -655657, -698305,
+                          -719629, -718684, -694486, -646004, -572163, -471841, -343865, -187011};
+  constexpr float parts = 16, magic = 1.5f * 8388608 + parts * (F::exponent_bias + F::lift);
+  x = reinterpret_cast<Vector<float>>(reinterpret_cast<Ints>(x) | std::numeric_limits<F::Int>::min());
+  x = larger_of(x, Vector<float>{} + exp_limit<float>(0));
+  const Vector<float> shifted = x * (parts * 1.4426950408889634f) + magic, whole = shifted - magic;
+  const Vector<float> r = (x - whole * (F::ln2_hi / parts)) - whole * (F::ln2_lo / parts);
+  const Ints n = reinterpret_cast<Ints>(shifted);  // 16 k + j, with what is added to k, in the low bits
+  const Ints of_j = reinterpret_cast<Ints>(_mm512_permutexvar_epi32(__m512i(n), __m512i(table)));
+  const Vector<float> scale = reinterpret_cast<Vector<float>>((n << (F::mantissa_bits - 4)) + of_j);
+  return scale + scale * (r + r * r * (0.5f + r * (1 / 6.f)));
+}
+#endif
 
 struct Larger {
   template <typename V>
