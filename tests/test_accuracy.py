@@ -196,6 +196,29 @@ class TestBounded:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", EXACT, ids=str)
+@pytest.mark.parametrize(
+    ("lower", "upper", "per_element"),
+    [(*bounds, False) for bounds in BOUNDS if bounds != (-INF, INF)] + [(*bounds, True) for bounds in BOUNDS],
+)
+def test_a_step_on_raw(lower: float, upper: float, per_element: bool, dtype: torch.dtype, device: str) -> None:
+    """The optimizer has exponentials of its own: with lr = 0 a step is the transform, with beta1 = 0 the first moment
+    its derivative."""
+    raw, truth = grid(dtype), bounded_truth(dtype, lower, upper)
+    x = torch.nn.Parameter(co.bounded(raw.to(device), lower, upper))
+    bounds = [torch.full_like(x, b) if per_element else b for b in (lower, upper)]
+    optimizer = co.optim.ReparametrizedAdam([x], lr=0.0, betas=(0.0, 0.9), constraint=co.Bounded(*bounds))
+    x.grad = torch.ones_like(x)
+    optimizer.step()
+    optimizer.state[x]["raw"].copy_(raw)
+    optimizer.state[x]["exp_avg"].zero_()
+    optimizer.step()
+    assert_within(x, truth.x, value_tolerance(truth, dtype), raw)
+    want, got = truth.x_raw, optimizer.state[x]["exp_avg"]
+    assert_within(got, want, relative(want, FIRST[dtype], floor(dtype, lower, upper)), raw)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", EXACT, ids=str)
 @pytest.mark.parametrize("lower", LOWER)
 def test_exponential(lower: float, dtype: torch.dtype, device: str) -> None:
     truth, got, raw = exponential_truth(dtype, lower), exponential(dtype, lower, device), grid(dtype)
