@@ -29,12 +29,12 @@ struct StepChunk {
   bool past_caches;        // on raw: x is at a whole vector, and written past the caches
 };
 
-// Map's exponentials of n numbers.
+// Map's exponentials of n numbers, no more than a stride, whose room they are given.
 template <typename Map, typename T>
 CO_HD void exponentials(const T* __restrict raw, int64_t n, T* __restrict e) {
   if constexpr (has_exp_table<T> && std::is_base_of_v<OfSigmoid<Map>, Map>) {
-    for (int64_t k = 0; k < n; k += width<T>)
-      store_some(e + k, n - k, lifted_exp_of_magnitude(load_some(raw + k, n - k)));
+    static_assert(stride % width<T> == 0);
+    for (int64_t k = 0; k < n; k += width<T>) store(e + k, lifted_exp_of_magnitude(load_some(raw + k, n - k)));
   } else {
 #pragma GCC ivdep
     for (int64_t k = 0; k < n; ++k) e[k] = Map::exponential(raw[k]);

@@ -5,7 +5,6 @@
 #include <immintrin.h>
 #endif
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -41,17 +40,13 @@ CO_HD void store(T* p, Vector<T> v) {
   std::memcpy(p, &v, sizeof(v));
 }
 
-// The same for n numbers if a vector has more; the rest of it is 0, and not written.
+// n numbers if a vector has more, and zeros.
 template <typename T>
 CO_HD Vector<T> load_some(const T* p, int64_t n) {
   if (n >= width<T>) return load(p);
   Vector<T> v{};
   std::memcpy(&v, p, n * sizeof(T));
   return v;
-}
-template <typename T>
-CO_HD void store_some(T* p, int64_t n, Vector<T> v) {
-  std::memcpy(p, &v, std::min<int64_t>(n, width<T>) * sizeof(T));
 }
 
 // To memory without a place in the caches: for what is not read soon. `to` is at a whole vector. Other threads see it
