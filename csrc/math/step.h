@@ -1,4 +1,4 @@
-// One step on one element, whatever stands around Adam: a hook says on which number Adam walks, and what becomes of it.
+// What stands around Adam in a step on one element: a hook says on which number Adam walks, and what becomes of it.
 #pragma once
 
 #include "adam.h"
@@ -43,16 +43,6 @@ CO_HD T derivative(Hook, T, const Bounds<T>&) {
 template <typename Map, bool each, typename T>
 CO_HD T derivative(OnRaw<Map, each>, T raw, const Bounds<T>& b) {
   return Map::at(raw, b).x_raw;
-}
-
-// `grad` as it comes. `y` is the number on which Adam walks, x or raw, and is overwritten; returns x.
-template <typename Hook, bool amsgrad, typename A, typename T>
-CO_HD T step_element(const A& adam, const Bounds<T>& bounds, T grad, T& y, Moments<T>& moments) {
-  T g = adam.scaled(grad);
-  if constexpr (Hook::on_raw) g *= derivative(Hook{}, y, bounds);
-  const T d = adam_metric<amsgrad>(adam, g, y, moments);
-  y = adam_target(adam, y, moments.m / d);
-  return finish(Hook{}, y, bounds);
 }
 
 }  // namespace constrained_ops

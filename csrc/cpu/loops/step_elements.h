@@ -82,8 +82,8 @@ template <typename Hook, bool amsgrad, typename T>
       Bounds<T> bounds = scalars;
       if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
       Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
-      T walks = x[i];
-      x[i] = step_element<Hook, amsgrad>(adam, bounds, grad[i], walks, moments);
+      const T d = adam_metric<amsgrad>(adam, adam.scaled(grad[i]), x[i], moments);
+      x[i] = finish(Hook{}, adam_target(adam, x[i], moments.m / d), bounds);
       set_moments<amsgrad>(i, moments, m, v, largest_v);
     });
   });
