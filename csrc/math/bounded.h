@@ -72,8 +72,7 @@ struct OfSigmoid {
 struct Interval : OfSigmoid<Interval> {
   template <typename T>
   CO_HD static Point<T> from(const Sigmoid<T>& s, const Bounds<T>& b) {
-    const T nearer = s.upper_half ? b.upper : b.lower, inwards = s.upper_half ? -b.width : b.width;
-    const T x = nearer + inwards * s.near;
+    const T distance = b.width * s.near, x = s.upper_half ? b.upper - distance : b.lower + distance;
     // The upper half starts where the lower one ends, whatever the bounds round to: x must not fall.
     const T middle = clamp(b.lower + b.width * T(0.5), b.smallest, b.largest);
     const T least = s.upper_half ? middle : b.smallest;
