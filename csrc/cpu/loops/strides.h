@@ -11,7 +11,7 @@ namespace constrained_ops::CO_LEVEL {
 namespace {
 
 constexpr int64_t stride = 32;       // numbers: several vectors of independent work for the compiler to interleave
-constexpr int64_t loop_chunk = 512;  // numbers that a loop is given at a time
+constexpr int64_t loop_chunk = 512;  // numbers that are copied at a time, and how far ahead memory is asked for
 
 // Asks for numbers [begin, begin + n) of operands, a line of cache in each `apart` bytes: a processor foresees what is
 // read next only within a page, and it has many operands to follow here. On its way to the first-level cache what comes
