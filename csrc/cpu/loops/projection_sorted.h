@@ -51,7 +51,7 @@ CO_HD void put_larger_first(V& a, V& b) {
 template <typename E, int count, int n, size_t... pair>
 CO_HD void sort_falling(E (&z)[count][n], std::index_sequence<pair...>) {
   const auto compare = [&](std::pair<int, int> at) CO_INLINE {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < count; ++v) put_larger_first(z[v][at.first], z[v][at.second]);
   };
   (compare(SortingNetwork<n>::pairs[pair]), ...);
@@ -104,10 +104,11 @@ CO_HD V root_of_largest(const V (&x)[n], V top, T total) {
 }
 
 // A step of Newton's, which takes what the rounding of sums left between a root and lambda: rest is x less what is near
-// lambda, u what it falls by with lambda.
+// lambda, u what it falls by with lambda. The sums of up to eight are the same where neighbours, pairs or fours of them
+// have changed places.
 template <bool weighted, typename V, int n, typename T>
 CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<V>* u) {
-  V excess = V{} - total, lost = {}, slope = {};
+  V sum, lost = {}, slope = {}, rounding;
   constexpr int together = std::min(n, 4);
 #pragma GCC unroll 4
   for (int start = 0; start < n; start += together) {
@@ -119,11 +120,12 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
       sums[k % 2] = first ? value : sums[k % 2] + value;
       slopes[k % 2] = first ? u_k : slopes[k % 2] + u_k;
     }
-    V rounding;
-    excess = two_sum(excess, sums[0] + sums[1], rounding);
-    lost += rounding;
+    sum = start == 0 ? sums[0] + sums[1] : two_sum(sum, sums[0] + sums[1], rounding);
+    if (start > 0) lost += rounding;
     slope += slopes[0] + slopes[1];
   }
+  const V excess = two_sum(sum, V{} - total, rounding);
+  lost += rounding;
   return weighted ? (excess + lost) / slope : (excess + lost) * reciprocal(slope);  // weights may be of any size
 }
 

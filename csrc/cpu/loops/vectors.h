@@ -162,18 +162,28 @@ struct Plus {
   }
 };
 
+template <typename V>
+constexpr auto lanes_of() {
+  return std::make_integer_sequence<int, sizeof(V) / sizeof(std::declval<V>()[0])>();
+}
+
 template <int distance, typename V, int... lane>
 CO_HD V partners(V v, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(v, v, (lane ^ distance)...);
 }
 
+// Of a in lanes without the bit `distance`, of b in those with it.
+template <int distance, typename V, int... lane>
+CO_HD V chosen(V a, V b, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return __builtin_shufflevector(a, b, (lane & distance ? lane + lanes : lane)...);
+}
+
 // Every lane gets what its part of the vector, `part` lanes, is combined.
 template <int part, int distance = 1, typename V, typename Combine>
 CO_HD V within(V v, Combine combine) {
-  constexpr int lanes = sizeof(V) / sizeof(v[0]);
   if constexpr (distance < part)
-    return within<part, 2 * distance>(combine(v, partners<distance>(v, std::make_integer_sequence<int, lanes>())),
-                                      combine);
+    return within<part, 2 * distance>(combine(v, partners<distance>(v, lanes_of<V>())), combine);
   return v;
 }
 
