@@ -203,6 +203,20 @@ def test_a_simplex_that_a_step_leaves_by_far(lr: float, columns: int) -> None:
         assert (p >= 0).all() and ((p.double().sum(-1) - 1).abs() <= 4e-6).all()
 
 
+@pytest.mark.parametrize("columns", [2, 4, 8, 16, 33])
+def test_a_row_of_a_simplex_goes_where_it_would_go_elsewhere(columns: int) -> None:
+    """Rows are projected many at a time, of which some take more readings than others."""
+    order, like = torch.randperm(150), torch.softmax(3 * torch.randn(150, columns), -1)
+    p, q = Parameter(like), Parameter(like[order])
+    optimizers = [ProjectedAdam([x], lr=0.1, constraint=constraints.simplex) for x in (p, q)]
+    for _ in range(8):
+        p.grad = noise(150, columns) * torch.exp(2 * torch.randn(150, 1))
+        q.grad = p.grad[order]
+        for optimizer in optimizers:
+            optimizer.step()
+        assert torch.equal(q, p[order])
+
+
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_a_simplex_along_another_dimension(dim: int) -> None:
     p = Parameter(torch.softmax(torch.randn(3, 4, 5), dim))

@@ -57,6 +57,13 @@ struct MetricClimb {
     return !any(~((inside == slope) & near(excess, total)));
   }
 
+  // A step by `rest` alone: the last one where it leaves the support as it is, which may be another one than at the
+  // start. Returns the rows where one number is not digits enough for it.
+  CO_HD Mask try_last(V excess, V inside, T total) {
+    rest = excess * reciprocal(inside);
+    return ~(size_of(excess) <= total * T(1 / 64.));
+  }
+
  private:
   CO_HD static V size_of(V v) { return v < V{} ? -v : v; }
   // Whether one number is digits enough for `rest`.
@@ -84,7 +91,7 @@ CO_HD V add_where(decltype(V{} == V{}) mask, V sum, V term) {
 template <int distance, typename V, typename Combine, int... lane>
 CO_HD V halved(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
   constexpr int lanes = sizeof...(lane);
-  return combine(__builtin_shufflevector(a, b, (lane & distance ? lane + lanes : lane)...),
+  return combine(chosen<distance>(a, b, std::integer_sequence<int, lane...>()),
                  __builtin_shufflevector(a, b, ((lane & distance ? lane + lanes : lane) ^ distance)...));
 }
 
@@ -92,15 +99,13 @@ CO_HD V halved(V a, V b, Combine combine, std::integer_sequence<int, lane...>) {
 // that are i modulo count.
 template <int count, int distance = 1, typename V, typename Combine>
 CO_HD V across_each(const V* vectors, Combine combine) {
-  constexpr int lanes = sizeof(V) / sizeof(vectors[0][0]);
   if constexpr (distance == count) {
     return vectors[0];
   } else {
     V halves[count / distance / 2];
 #pragma GCC unroll 8
     for (int i = 0; i < count / distance / 2; ++i)
-      halves[i] =
-          halved<distance>(vectors[2 * i], vectors[2 * i + 1], combine, std::make_integer_sequence<int, lanes>());
+      halves[i] = halved<distance>(vectors[2 * i], vectors[2 * i + 1], combine, lanes_of<V>());
     return across_each<count, 2 * distance>(halves, combine);
   }
 }

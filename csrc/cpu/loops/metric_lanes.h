@@ -12,6 +12,7 @@ template <typename T, int length>
 class MetricLanes {
   using V = Vector<T>;
   using Climb = MetricClimb<T>;
+  using Mask = typename Climb::Mask;
 
  public:
   static constexpr int batch = length * width<T>;
@@ -27,19 +28,21 @@ class MetricLanes {
   CO_HD void project(const T* d, const T* m, T* x) const {
     V z[batches][length], u[batches][length], excess[batches], inside[batches];
     Climb climb[batches];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int b = 0; b < batches; ++b) climb[b] = start(d + b * batch, m + b * batch, x + b * batch, z[b], u[b]);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int b = 0; b < batches; ++b) read(z[b], u[b], climb[b].lambda, excess[b], inside[b]);
-    bool ends = true;
-#pragma GCC unroll 2
-    for (int b = 0; b < batches; ++b) ends &= climb[b].ends(excess[b], inside[b], total_);
-    if (ends) [[likely]] {
-#pragma GCC unroll 2
-      for (int b = 0; b < batches; ++b) finish(z[b], u[b], climb[b], x + b * batch);
-      return;
+    Mask open = {}, signs[length], changes = {};
+#pragma GCC unroll 4
+    for (int b = 0; b < batches; ++b) {
+      climb[b].going = climb[b].try_last(excess[b], inside[b], total_);
+      open |= climb[b].going;
+      finish(z[b], u[b], climb[b], x + b * batch, signs);
+      for (int i = 0; i < length; ++i) changes |= signs[i];
     }
-#pragma GCC unroll 2
+    if (!any(open | (changes < Mask{}))) [[likely]]
+      return;
+#pragma GCC unroll 4
     for (int b = 0; b < batches; ++b) {
       V from_z[length], from_u[length];
       for (int i = 0; i < length; ++i) from_z[i] = z[b][i], from_u[i] = u[b][i];
@@ -93,16 +96,27 @@ class MetricLanes {
     inside = across_each<length>(part_u, Plus());
   }
 
-  CO_HD void finish(const V (&z)[length], const V (&u)[length], const Climb& climb, T* y) const {
+  // Also gives what has its sign set where `rest` takes a number from the support at lambda, or puts it there.
+  CO_HD void finish(const V (&z)[length], const V (&u)[length], const Climb& climb, T* y, Mask (&signs)[length]) const {
     const Spread lambda(climb.lambda), rest(climb.rest);
-    for (int i = 0; i < length; ++i)
-      store(y + i * width<T>, value_of_rest(projection_rest<true>(z[i], u[i], lambda[i], rest[i])));
+    for (int i = 0; i < length; ++i) {
+      const V left = projection_anchored<true>(z[i], u[i], lambda[i]),
+              value = projection_rest<true>(z[i], u[i], lambda[i], rest[i]);
+      store(y + i * width<T>, value_of_rest(value));
+      signs[i] = reinterpret_cast<Mask>(left) ^ reinterpret_cast<Mask>(value);
+    }
   }
 
+  // Rows that are not there yet, and no others, whatever lies beside them.
   [[gnu::noinline]] void climb_on(V (&z)[length], V (&u)[length], Climb climb, V excess, V inside, T* y) const {
+    Mask signs[length];
+    V changed[length];
+    finish(z, u, climb, y, signs);
+    for (int i = 0; i < length; ++i) changed[i] = signs[i] < Mask{} ? V{} + 1 : V{};
+    climb.going |= across_each<length>(changed, Plus()) > V{};
     climb.go_on(excess, inside, total_,
                 [&](V lambda, auto, V& excess, V& inside) CO_INLINE { read(z, u, lambda, excess, inside); });
-    finish(z, u, climb, y);
+    finish(z, u, climb, y, signs);
     if (!any(climb.off)) return;
     // Rows that are off take their y from the projection of any numbers.
     const Spread off(climb.off ? V{} + 1 : V{});

@@ -108,7 +108,7 @@ class SimplexStep {
 
   template <int length>
   [[gnu::noinline]] static void in_lanes(const Adam<T>& of, T total, const Block& all) {
-    constexpr int batches = length <= 8 ? 2 : 1, batch = batches * MetricLanes<T, length>::batch;
+    constexpr int batches = length <= 4 ? 4 : length <= 8 ? 2 : 1, batch = batches * MetricLanes<T, length>::batch;
     const Adam<T> adam = of;  // a local, which no store can change
     const MetricLanes<T, length> rows(adam, total);
     all.template in_batches<batch>([&](const Block block) {
