@@ -32,7 +32,7 @@ QUICK_LARGEST = 2**20
 LARGEST = {"cpu": 2**24, "cuda": 2**28}  # numbers in one tensor, unless asked for more
 GPU_FACTOR = 64  # how much larger large shapes are on a GPU
 NUMBERS = 2**20  # in all rows together
-LENGTHS = (2, 3, 4, 8, 16, 20, 32, 64, 100, 128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+LENGTHS = (2, 3, 4, 5, 8, 12, 16, 20, 32, 64, 100, 128, 256, 512, 1000, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 Shape = tuple[int, ...]
 Function = Callable[..., Tensor]

@@ -62,24 +62,24 @@ constexpr int64_t shortest_side_by_side = weighted ? 48 : shortest_alone;
 
 // Rows that follow each other. Others than those of the compute type are converted.
 
-// Whether they share vectors evenly, and were done: rows of n, 2n and so on.
+// Whether they were done in registers: rows of n and more.
 template <int n, typename Storage>
 bool run_in_lanes(const ProjectionCall& call, int64_t begin, int64_t end) {
   using T = compute_t<Storage>;
-  if constexpr (n > longest_in_lanes<T>) {
-    return false;
-  } else {
-    if (call.layout.length != n) return run_in_lanes<2 * n, Storage>(call, begin, end);
+  if (call.layout.length != n) {
+    if constexpr (n < longest_in_lanes) return run_in_lanes<n + 1, Storage>(call, begin, end);
+  } else if constexpr (RowsInLanes<n>::template fit<T>) {
     const int64_t first = begin * RowUnits::lanes * n;
-    const int64_t last = std::min(end * RowUnits::lanes, call.layout.outer) * n;
+    const int64_t last = std::min(end * RowUnits::lanes, call.layout.outer * call.layout.inner) * n;
     const Storage* from = static_cast<const Storage*>(call.inputs[0]);
     Storage* to = static_cast<Storage*>(call.outputs[0]);
     if constexpr (std::is_same_v<Storage, T>) {
       project_lanes<n>(from + first, last - first, T(call.total), to + first);
     } else {
-      T numbers[loop_chunk];
-      for (int64_t i = first; i < last; i += loop_chunk) {
-        const int64_t size = std::min(loop_chunk, last - i);
+      constexpr int64_t batch = LanesProjection<n, T>::batch, chunk = loop_chunk / batch * batch;
+      T numbers[chunk];
+      for (int64_t i = first; i < last; i += chunk) {
+        const int64_t size = std::min(chunk, last - i);
         read_numbers(from + i, 1, size, numbers);
         project_lanes<n>(numbers, size, T(call.total), numbers);
         write_numbers(numbers, size, to + i, 1);
@@ -87,6 +87,7 @@ bool run_in_lanes(const ProjectionCall& call, int64_t begin, int64_t end) {
     }
     return true;
   }
+  return false;
 }
 
 // As many at once as a tile has lanes.
@@ -224,7 +225,7 @@ void run_tiles(const ProjectionCall& call, const RowUnits& units, int64_t begin,
     if (call.layout.inner == 1 && length >= shortest_side_by_side<weighted>)
       return run_side_by_side<weighted, Storage>(call, begin, end);
     if constexpr (!weighted)
-      if (call.layout.inner == 1 && run_in_lanes<2, Storage>(call, begin, end)) return;
+      if ((call.layout.inner == 1 || length == 1) && run_in_lanes<1, Storage>(call, begin, end)) return;
     if (!weighted || length <= sorted_block) return run_sorted<2, weighted, Storage>(call, units, begin, end);
   }
   const Tiles<T> tiles(Rows::inputs, length, call.layout);

@@ -1,44 +1,14 @@
-// The projection of rows that share vectors evenly and follow each other, from end to end in registers: as many vectors
-// as a row has numbers become rows in a lane each.
+// The projection of short rows that follow each other, from end to end in registers: as many vectors as a row has
+// numbers become rows in a lane each.
 #pragma once
 
 #include "projection_sorted.h"
+#include "rows_in_lanes.h"
 
 namespace constrained_ops::CO_LEVEL {
 namespace {
 
-// x[k] becomes in lane l what x[k ^ l] has there, with l modulo n.
-template <int distance = 1, typename V, int n>
-CO_HD void choose_diagonals(V (&x)[n]) {
-  if constexpr (distance < n) {
-    V y[n];
-#pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) y[k] = chosen<distance>(x[k], x[k ^ distance], lanes_of<V>());
-#pragma GCC unroll 8
-    for (int k = 0; k < n; ++k) x[k] = y[k];
-    choose_diagonals<2 * distance>(x);
-  }
-}
-
-template <typename V, int n, int... k>
-CO_HD void exchange_lanes(V (&x)[n], std::integer_sequence<int, k...>) {
-  ((x[k] = partners<k>(x[k], lanes_of<V>())), ...);
-}
-
-// Rows of n numbers in n vectors to a lane each, an order of its own in each lane, and back.
-template <typename V, int n>
-CO_HD void rows_to_lanes(V (&x)[n]) {
-  choose_diagonals(x);
-  exchange_lanes(x, std::make_integer_sequence<int, n>());
-}
-template <typename V, int n>
-CO_HD void lanes_to_rows(V (&x)[n]) {
-  exchange_lanes(x, std::make_integer_sequence<int, n>());
-  choose_diagonals(x);
-}
-
-template <typename T>
-constexpr int longest_in_lanes = std::min(width<T>, 8);
+constexpr int longest_in_lanes = 2 * sorted_block - 1;
 
 // Batches of rows of n numbers, each of so many vectors that one has work where another waits.
 template <int n, typename T>
@@ -49,30 +19,30 @@ struct LanesProjection {
     using V = Vector<T>;
     V x[count][n], z[count][n], top[count], high[count];
     const auto each = [](const auto& body) CO_INLINE {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int v = 0; v < count; ++v) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
         for (int k = 0; k < n; ++k) body(v, k);
       }
     };
     each([&](int v, int k) CO_INLINE { x[v][k] = load(from + (v * n + k) * width<T>); });
-#pragma GCC unroll 8
-    for (int v = 0; v < count; ++v) rows_to_lanes(x[v]);
+#pragma GCC unroll 16
+    for (int v = 0; v < count; ++v) RowsInLanes<n>::from_rows(x[v]);
     each([&](int v, int k) CO_INLINE { z[v][k] = x[v][k]; });
     sort_falling(z);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < count; ++v) {
       top[v] = z[v][0];
       high[v] = root_of_largest(z[v], top[v], total);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int v = 0; v < count; ++v) {
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[v][k] = (x[v][k] - top[v]) - high[v];
       const V low = root_correction<false>(total, x[v], nullptr);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
       for (int k = 0; k < n; ++k) x[v][k] = value_of_rest(x[v][k] - low);
-      lanes_to_rows(x[v]);
+      RowsInLanes<n>::to_rows(x[v]);
     }
     each([&](int v, int k) CO_INLINE { store(to + (v * n + k) * width<T>, x[v][k]); });
   }

@@ -112,9 +112,10 @@ CO_HD V root_correction(T total, const V (&rest)[n], const std::type_identity_t<
   constexpr int together = std::min(n, 4);
 #pragma GCC unroll 4
   for (int start = 0; start < n; start += together) {
-    V sums[2], slopes[2];
+    V sums[2] = {}, slopes[2] = {};
 #pragma GCC unroll 4
     for (int k = start; k < start + together; ++k) {
+      if (k >= n) break;
       const V value = value_of_rest(rest[k]), u_k = rest[k] > V{} ? (weighted ? u[k] : V{} + T(1)) : V{};
       const bool first = k < start + 2;
       sums[k % 2] = first ? value : sums[k % 2] + value;

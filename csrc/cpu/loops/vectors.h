@@ -172,11 +172,19 @@ CO_HD V partners(V v, std::integer_sequence<int, lane...>) {
   return __builtin_shufflevector(v, v, (lane ^ distance)...);
 }
 
-// Of a in lanes without the bit `distance`, of b in those with it.
+// Lane l gets what lane l + distance has, modulo their number.
 template <int distance, typename V, int... lane>
+CO_HD V rotated(V v, std::integer_sequence<int, lane...>) {
+  constexpr int lanes = sizeof...(lane);
+  return __builtin_shufflevector(v, v, ((lane + distance) & (lanes - 1))...);
+}
+
+// Of a in lanes without the bit `distance`, of b in those with it; or in parts of so many lanes, by the bits of a
+// part's number modulo n.
+template <int distance, int part = 1, int n = vector_bytes, typename V, int... lane>
 CO_HD V chosen(V a, V b, std::integer_sequence<int, lane...>) {
   constexpr int lanes = sizeof...(lane);
-  return __builtin_shufflevector(a, b, (lane & distance ? lane + lanes : lane)...);
+  return __builtin_shufflevector(a, b, (lane / part % n & distance ? lane + lanes : lane)...);
 }
 
 // Every lane gets what its part of the vector, `part` lanes, is combined.
