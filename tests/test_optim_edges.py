@@ -75,6 +75,29 @@ def test_a_box_is_adam_and_clamp_with_every_option(options: dict[str, Any], dtyp
             torch.testing.assert_close(group["params"][0], q, atol=tolerance, rtol=tolerance)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("amsgrad", [False, True], ids=["", "amsgrad"])
+@pytest.mark.parametrize("eps", [1e-8, 0.0])
+@pytest.mark.parametrize("name", ["none", "interval", "tensors"])
+def test_gradients_of_any_size_move_a_box_as_adam_does(name: str, eps: float, amsgrad: bool) -> None:
+    """Those whose squares overflow stop an element for good, those of 0 without an eps make it NaN."""
+    least = -17 if eps == 0 else -44  # whose squares have all their digits
+    grad = torch.cat([torch.logspace(least, 19, 63 - least), torch.logspace(21, 38, 16), torch.zeros(1)])[:, None]
+    grad = (grad * torch.tensor([1.0, -1.0, 1.0, -1.0])).contiguous()
+    options: dict[str, Any] = {"lr": 1e-2, "eps": eps, "amsgrad": amsgrad}
+    bounds = {"none": (-10.0, 10.0), "interval": (0.0, 1.0), "tensors": (0.0, constraint_of("tensors").upper)}[name]
+    p, q = Parameter(torch.full_like(grad, 0.5)), Parameter(torch.full_like(grad, 0.5))
+    ours = ProjectedAdam([p], constraint=constraint_of(name), **options)
+    theirs = torch.optim.Adam([q], foreach=False, **options)
+    for factor in (1.0, 1e-3, -0.5):
+        p.grad, q.grad = grad * factor, grad * factor
+        ours.step()
+        theirs.step()
+        with torch.no_grad():
+            q.clamp_(*(torch.as_tensor(bound) for bound in bounds))
+    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-8, equal_nan=True)
+    assert (p[-1].isnan().all() if eps == 0 else (p[-1] == 0.5).all()) and (p[-2] == 0.5).all()
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_state_goes_to_adam_and_comes_back_with_a_constraint_too(kind: type[Any], name: str) -> None:
     """Moments and counts are taken over; raw, of which Adam knows nothing, is derived anew where it is missing."""

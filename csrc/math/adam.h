@@ -60,6 +60,14 @@ struct Adam {
   CO_HD Adam<U> as() const {
     return {U(grad_factor), U(weight_decay), U(decay), U(beta1_rest), U(beta2), U(beta2_rest), U(step_size), U(eps)};
   }
+
+  // The same step with a metric that is `factor` times as large.
+  Adam with_metric(T factor) const {
+    Adam adam = *this;
+    adam.eps *= factor;
+    adam.step_size *= factor;
+    return adam;
+  }
 };
 
 // The same for a step that takes gradients as they come and decays nothing, as most do: an operation less for each.

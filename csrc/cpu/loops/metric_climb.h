@@ -76,8 +76,8 @@ struct MetricTarget {
   using V = Vector<T>;
   Adam<T> adam;
 
-  explicit MetricTarget(const Adam<T>& of) : adam(of) { adam.eps *= 2, adam.step_size *= 2; }  // for twice d
-  CO_HD V metric(V v) const { return adam_metric_of(adam, twice_root(v)); }
+  explicit MetricTarget(const Adam<T>& of) : adam(of.with_metric(root_factor<T>)) {}
+  CO_HD V metric(V v) const { return adam_metric_of(adam, scaled_root(v)); }
   CO_HD V target(V x, V m, V u) const { return adam_target(adam, x, m * u); }
 };
 

@@ -65,10 +65,12 @@ CO_HD void with_cheapest(const Adam<T>& adam, const Run& run) {
     run(adam);
 }
 
+// On the parameter itself.
 template <typename Hook, bool amsgrad, typename T>
 [[gnu::noinline]] void adam_loop(const Adam<T> any_adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                  T* __restrict x, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                  const T* __restrict lower, const T* __restrict upper) {
+  using V = Vector<T>;
   const auto fetch_lines = [](int64_t i, const auto*... operands) CO_INLINE {  // each second; its neighbour comes along
     fetch<Cache::second, 128>(i + loop_chunk, stride, operands...);
   };
@@ -77,14 +79,21 @@ template <typename Hook, bool amsgrad, typename T>
     if constexpr (amsgrad) fetch_lines(i, largest_v);
     if constexpr (Hook::by_element) fetch_lines(i, lower, upper);
   };
-  with_cheapest(any_adam, [&](const auto adam) CO_INLINE {
-    in_strides(n, fetch_stride, [&](int64_t i, int64_t) CO_INLINE {
-      Bounds<T> bounds = scalars;
-      if constexpr (Hook::by_element) bounds.lower = lower[i], bounds.upper = upper[i];
-      Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
-      const T d = adam_metric<amsgrad>(adam, adam.scaled(grad[i]), x[i], moments);
-      x[i] = finish(Hook{}, adam_target(adam, x[i], moments.m / d), bounds);
-      set_moments<amsgrad>(i, moments, m, v, largest_v);
+  with_cheapest(any_adam.with_metric(root_factor<T>), [&](const auto adam) CO_INLINE {
+    in_strides(n, fetch_stride, [&](Span at) CO_INLINE {
+      for (int64_t i = at.begin, rest = at.count; rest > 0; i += width<T>, rest -= width<T>) {
+        const auto read = [=](const T* from) CO_INLINE { return load_some(from + i, rest); };
+        Bounds<V> bounds{V{} + scalars.lower, V{} + scalars.upper};
+        if constexpr (Hook::by_element) bounds.lower = read(lower), bounds.upper = read(upper);
+        Moments<V> moments{read(m), read(v), V{}};
+        if constexpr (amsgrad) moments.largest_v = read(largest_v);
+        const V from = read(x), of_metric = adam_moments<amsgrad>(adam, adam.scaled(read(grad)), from, moments);
+        const V direction = moments.m / adam_metric_of(adam, scaled_root<true>(of_metric));
+        store_some(x + i, finish(Hook{}, adam_target(adam, from, direction), bounds), rest);
+        store_some(m + i, moments.m, rest);
+        store_some(v + i, moments.v, rest);
+        if constexpr (amsgrad) store_some(largest_v + i, moments.largest_v, rest);
+      }
     });
   });
 }

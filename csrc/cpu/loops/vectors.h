@@ -49,6 +49,12 @@ CO_HD Vector<T> load_some(const T* p, int64_t n) {
   return v;
 }
 
+template <typename T>
+CO_HD void store_some(T* p, Vector<T> v, int64_t n) {
+  if (n >= width<T>) return store(p, v);
+  std::memcpy(p, &v, n * sizeof(T));
+}
+
 // To memory without a place in the caches: for what is not read soon. `to` is at a whole vector. Other threads see it
 // after written_past_caches().
 template <typename T>
@@ -107,19 +113,28 @@ CO_HD V reciprocal(V v) {
   return 1 / v;
 }
 
-// 2 sqrt(v) to two units in the last place; NaN for infinity, if not right. With AVX-512 float takes six short
-// instructions in place of a long one.
-template <typename V>
-CO_HD V twice_root(V v) {
+// sqrt(v) times a factor, to two units in the last place, for v of at least 0. If not right for infinity, then NaN or,
+// if `infinite` is asked for, minus infinity. With AVX-512 float takes short instructions in place of a long one; 1 /
+// sqrt(v) of any other v is between the bounds that it gets here.
 #if defined(__AVX512F__)
-  if constexpr (sizeof(V) == 64 && sizeof(v[0]) == sizeof(float)) {
-    const __mmask16 not_zero = _mm512_cmp_ps_mask(__m512(v), _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    const V rough = V(_mm512_maskz_rsqrt14_ps(not_zero, __m512(v))), near = v * rough;
+template <typename T>
+constexpr T root_factor = std::is_same_v<T, float> ? 2 : 1;
+#else
+template <typename T>
+constexpr T root_factor = 1;
+#endif
+template <bool infinite = false, typename V>
+CO_HD V scaled_root(V v) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(v[0]) == sizeof(float)) {
+    V rough = smaller_of(V{} + 0x1p76f, V(_mm512_maskz_rsqrt14_ps(0xffff, __m512(v))));
+    if constexpr (infinite) rough = larger_of(V{} + 0x1p-70f, rough);
+    const V near = v * rough;
     return near * (3 - near * rough);
   }
 #endif
   V result;
-  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) result[l] = 2 * std::sqrt(v[l]);
+  for (size_t l = 0; l < sizeof(V) / sizeof(v[0]); ++l) result[l] = std::sqrt(v[l]);
   return result;
 }
 
