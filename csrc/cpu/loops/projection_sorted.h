@@ -50,7 +50,7 @@ CO_HD void put_larger_first(V& a, V& b) {
 // Rows of n elements each, in turns.
 template <typename E, int count, int n, size_t... pair>
 CO_HD void sort_falling(E (&z)[count][n], std::index_sequence<pair...>) {
-  const auto compare = [&](std::pair<int, int> at) CO_INLINE {
+  [[maybe_unused]] const auto compare = [&](std::pair<int, int> at) CO_INLINE {  // n of 1 has nothing to compare
 #pragma GCC unroll 8
     for (int v = 0; v < count; ++v) put_larger_first(z[v][at.first], z[v][at.second]);
   };
