@@ -90,11 +90,14 @@ class Box:
 
     def made_by(self, raw: Tensor, x: Tensor) -> Tensor:
         """Where x is the transform of raw, whichever implementation computed it."""
-        lower, upper = self._tensors(x)
+        lower, upper = _checks.tensor_bounds("bounds", x, self.lower, self.upper)
+        smallest, largest = _checks.inside(lower, upper, x.dtype)
         value = self.forward(raw, raw.dtype)
-        slack = 16 * torch.finfo(raw.dtype).eps * (value.abs() + torch.minimum(value - lower, upper - value))
-        slack = torch.where(slack.isfinite(), slack, 16 * torch.finfo(raw.dtype).eps * value.abs())
-        return ((value - slack).to(x.dtype) <= x) & (x <= (value + slack).to(x.dtype))
+        held = torch.finfo(raw.dtype)
+        slack = 16 * held.eps * (value.abs() + torch.minimum(value - lower, upper - value))
+        slack = torch.where(slack.isfinite(), slack, 16 * held.eps * value.abs()) + held.smallest_normal
+        least, most = (v.clamp(smallest, largest).to(x.dtype) for v in (value - slack, value + slack))
+        return (least <= x) & (x <= most)
 
     @property
     def _kernels(self) -> Kernels:
@@ -164,8 +167,10 @@ class SimplexOf:
     def made_by(self, raw: Tensor, x: Tensor) -> Tensor:
         """Where x is the softmax of raw, whichever implementation computed it; whole rows."""
         value = self.forward(raw, raw.dtype)
-        slack = 64 * torch.finfo(raw.dtype).eps * value
-        same = ((value - slack).to(x.dtype) <= x) & (x <= (value + slack).to(x.dtype))
+        held = torch.finfo(raw.dtype)
+        slack = 64 * held.eps * value + held.smallest_normal  # some flush what is less than that to 0
+        least, most = (simplex.stored(v, raw, x.dtype) for v in (value - slack, value + slack))
+        same = (least <= x) & (x <= most)
         return same.all(self.dim, keepdim=True).expand(x.shape) if x.dim() else same
 
 

@@ -33,8 +33,11 @@ def _softmax(raw: Tensor, dim: int) -> Tensor:
 
 def _forward(raw: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
     """In ``dtype``, by default that of raw."""
-    dtype = dtype or raw.dtype
-    x = _softmax(raw, dim)
+    return stored(_softmax(raw, dim), raw, dtype or raw.dtype)
+
+
+def stored(x: Tensor, raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in ``dtype``, no less than the smallest that this has, but where raw is minus infinity."""
     smallest = smallest_positive(x, dtype)
     return torch.where((x < smallest) & (raw > -torch.inf), smallest, x).to(dtype)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from types import FunctionType
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from optimizers import UNIT, everything, parameters, run, same
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributions import constraints
 from torch.nn import Parameter
 
@@ -269,8 +271,50 @@ def test_gradients_that_cannot_be_used_change_nothing(kind: type[Any], first: bo
     rejects(TypeError, f"{message} is torch.float32, its gradient torch.float64", optimizer.step)
     assert same(before, everything(optimizer))
     q.grad = None
+    q.grad_dtype = torch.float32
+    q.grad = torch.ones(5, 2)
+    q.grad.data = torch.ones(2, 2)
+    rejects(ValueError, f"{message} has shape (5, 2), its gradient (2, 2)", optimizer.step)
+    assert same(before, everything(optimizer))
+    q.grad = None
     optimizer.step()
     assert not same(before, everything(optimizer))
+
+
+@pytest.mark.parametrize("fresh_grad", [True, False])
+@pytest.mark.parametrize("shape", [(2, 4), (4, 6), (12,)], ids=str)
+def test_a_parameter_that_takes_another_shape_changes_nothing(
+    kind: type[Any], shape: tuple[int, ...], fresh_grad: bool
+) -> None:
+    """As those that prune have it: other memory behind the parameter, or another view of the same."""
+    memory = torch.full((24,), 0.5)
+    p, q = Parameter(torch.rand(3)), Parameter(memory[:16].view(4, 4))
+    optimizer = kind([p, q], constraint=UNIT)
+    run(optimizer, 1)
+    q.data = memory[: math.prod(shape)].view(shape)
+    if fresh_grad:
+        q.grad = torch.ones(shape)
+    before = [memory.clone(), *everything(optimizer)]
+    what = f"its state exp_avg has shape (4, 4), the parameter {shape}"
+    if not fresh_grad:
+        what = f"has shape {shape}, its gradient (4, 4)"
+    with pytest.raises(ValueError, match=re.escape(what)):
+        optimizer.step()
+    assert same(before, [memory, *everything(optimizer)])
+    del optimizer.state[q]
+    q.grad = torch.ones(shape)
+    optimizer.step()
+    assert (q < before[0][: q.numel()].view(shape)).all()
+    assert torch.equal(memory[q.numel() :], before[0][q.numel() :])
+
+
+def test_a_fake_parameter_is_refused(kind: type[Any]) -> None:
+    with FakeTensorMode():
+        p = Parameter(torch.empty(4))
+        p.grad = torch.empty(4)
+    optimizer = kind([p])
+    message = f"{kind.__name__}: parameter 0 of group 0, a FakeTensor, has no memory for a step to write to"
+    rejects(RuntimeError, message, optimizer.step)
 
 
 def test_a_state_of_another_shape_changes_nothing(kind: type[Any]) -> None:

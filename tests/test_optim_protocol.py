@@ -150,6 +150,47 @@ def test_copies_of_an_optimizer_go_their_own_way(
     assert same(everything(optimizer), everything(other))
 
 
+SATURATED: dict[str, Any] = {
+    "unit interval": UNIT,
+    "greater than": constraints.greater_than(0.25),
+    "less than": constraints.less_than(0.75),
+    "exp": co.Positive(0.0, kind="exp"),
+    "by element": constraints.interval(torch.zeros(8), torch.tensor([1.0, 2.0] * 4)),
+    "simplex": constraints.simplex,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("lr", [5.0, 25.0])
+@pytest.mark.parametrize("name", SATURATED)
+def test_a_raw_beyond_what_its_parameter_can_tell_is_kept(name: str, lr: float, dtype: torch.dtype) -> None:
+    """x says less than raw, and nothing at all next to a bound: whatever looks at both must not take raw from x."""
+    value = torch.full((8,), 0.5) if name != "simplex" else torch.full((8,), 0.125)
+    steps = 5
+    away = torch.tensor([1.0, -1.0, 1.0, 1.0, -1.0, 1.0, -1.0, -1.0])
+
+    def more(optimizer: ReparametrizedAdam, direction: float) -> None:
+        p = optimizer.param_groups[0]["params"][0]
+        p.grad = (direction * away).to(p.dtype)
+        optimizer.step()
+
+    optimizer = ReparametrizedAdam([Parameter(value.to(dtype))], lr=lr, constraint=SATURATED[name])
+    for _ in range(steps):
+        more(optimizer, -1.0)
+    untouched, loaded, added, written = (copy.deepcopy(optimizer) for _ in range(4))
+    loaded.load_state_dict(through_a_file(optimizer.state_dict()))
+    added.add_param_group({"params": [Parameter(torch.rand(3))], "constraint": None})
+    with torch.no_grad():
+        written.param_groups[0]["params"][0].mul_(1)
+    for _ in range(steps):
+        for each in (optimizer, untouched, loaded, added, written):
+            more(each, 1.0)
+    want = everything(optimizer)
+    for each in (untouched, loaded, written):
+        assert same(everything(each), want)
+    assert same(everything(added)[: len(want) - 2], want[:-2])
+
+
 def test_state_replaced_by_hand_is_used(kind: type[Any]) -> None:
     """As codes that prune, split or reset parameters do: entries, dictionaries, all of it, or the parameter itself."""
     (p, q), zeros = parameters(), torch.zeros

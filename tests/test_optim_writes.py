@@ -46,6 +46,21 @@ def test_a_new_tensor_behind_a_parameter_is_noticed() -> None:
         assert ((leaf > 0.73) & (leaf < 0.75)).all()
 
 
+def test_another_view_of_the_same_memory_is_noticed() -> None:
+    value, grad = torch.rand(3, 3) / 2 + 0.25, torch.tensor([[-1.0, 2.0, 3.0], [4.0, -5.0, 6.0], [7.0, 8.0, -9.0]])
+    for kind in OPTIMIZERS:
+        x, y = Parameter(value.clone()), Parameter(value.clone())
+        x.grad, y.grad = grad.clone(), grad.clone()
+        optimizers = [kind([leaf], lr=1e-2, constraint=constraints.unit_interval) for leaf in (x, y)]
+        for optimizer in optimizers:
+            optimizer.step()
+        x.data, y.data = x.data.t(), y.data.t().contiguous()
+        for optimizer in optimizers:
+            optimizer.step()
+        torch.testing.assert_close(x.detach(), y.detach(), atol=1e-6, rtol=0)
+        assert not torch.allclose(x.detach(), value.t(), atol=1e-3)
+
+
 def test_a_value_written_outside_is_an_error_and_nothing_changes() -> None:
     x, y = Parameter(torch.full((4,), 0.5)), Parameter(torch.full((2,), 0.5))
     optimizer = ReparametrizedAdam([("y", y), ("x", x)], lr=1e-2, constraint=constraints.unit_interval)

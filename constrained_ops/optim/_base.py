@@ -77,10 +77,11 @@ class ConstrainedAdam(Optimizer):
         """Take one step; return what ``closure``, which computes the loss anew, returns.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: a gradient is sparse, or a parameter overlaps itself or has no memory.
             TypeError: a gradient is not of its parameter's dtype, or an option or state not of its type.
             ValueError: an option is out of range, a parameter was moved out of its constraint
-                (``ReparametrizedAdam``), or its state has another shape. All of this before anything is written.
+                (``ReparametrizedAdam``), or its gradient or state has another shape. All of this before anything is
+                written.
         """
         if (
             _library.profiler_enabled()
@@ -288,6 +289,8 @@ class ConstrainedAdam(Optimizer):
         part = local(self._param(i, j))
         if any(size > 1 and not stride for size, stride in zip(part.shape, part.stride(), strict=True)):
             raise RuntimeError(f"{self._where(i, j)}, of shape {tuple(part.shape)}, overlaps itself in memory")
+        if part.numel() and not part.data_ptr() and not part.is_meta:
+            raise RuntimeError(f"{self._where(i, j)}, a {type(part).__name__}, has no memory for a step to write to")
 
     def _check_grad(self, i: int, j: int) -> None:
         p = self._param(i, j)
@@ -296,6 +299,9 @@ class ConstrainedAdam(Optimizer):
         if p.grad.dtype != p.dtype or is_sharded(p.grad) != is_sharded(p):
             kinds = [f"{'sharded ' if is_sharded(t) else ''}{t.dtype}" for t in (p, p.grad)]
             raise TypeError(f"{self._where(i, j)} is {kinds[0]}, its gradient {kinds[1]}")
+        if p.grad.shape != p.shape:
+            shapes = f"{tuple(p.shape)}, its gradient {tuple(p.grad.shape)}"
+            raise ValueError(f"{self._where(i, j)} has shape {shapes}")
 
     def _check_state(self, i: int, j: int) -> None:
         p = self._param(i, j)

@@ -20,6 +20,8 @@ from .. import _library
 from .._constraints import Record
 from ._sharding import is_sharded, local, local_grad
 
+Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # with shape and stride
+
 
 class Slot(NamedTuple):
     """One parameter of a plan: tensors of one shape, on one device. Local shards in place of DTensors.
@@ -127,7 +129,6 @@ def launches(slots: Sequence[Slot]) -> list[Launch]:
 _structure = itemgetter("constraint", "amsgrad", "capturable", "state_dtype")
 _params = itemgetter("params")
 _grad = attrgetter("grad")
-_dtype = attrgetter("dtype")
 _version = attrgetter("_version")
 
 
@@ -157,8 +158,8 @@ class Prepared:
         self.raws = [known.get("raw") for known in self.states]
         self.parts = [slot.param for slot in slots]
         self.pointers = list(map(Tensor.data_ptr, self.parts))
-        self.dtypes = [slot.param.dtype for slot in slots]
-        self.grad_strides = [slot.grad_stride for slot in slots]
+        self.layouts = list(map(_layout, self.parts))
+        self.grad_layouts: list[Layout] = [(slot.param.dtype, slot.param.shape, slot.grad_stride) for slot in slots]
         self.with_raw = [index for index, slot in enumerate(slots) if slot.raw is not None]
         self.transformed = [slots[index].param for index in self.with_raw]
         self.accept()
@@ -183,11 +184,11 @@ class Prepared:
         if self.sharded:
             with torch.no_grad():
                 parts, grads = list(map(local, self.params)), list(map(local_grad, self.params, grads))
-        if list(map(Tensor.data_ptr, parts)) != self.pointers or not same_layouts(
-            grads, self.dtypes, self.grad_strides
-        ):
-            return None
-        return grads
+        return grads if self._lie_as_before(parts) and same_layouts(grads, self.grad_layouts) else None
+
+    def _lie_as_before(self, parts: list[Tensor]) -> bool:
+        """Whether parameters still are where kernels have been told, and of the shape."""
+        return list(map(Tensor.data_ptr, parts)) == self.pointers and same_layouts(parts, self.layouts)
 
     def any_written_by_others(self) -> bool:
         """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
@@ -200,7 +201,7 @@ class Prepared:
 
     def raws_in_force(self) -> dict[Tensor, tuple[Record | None, Tensor]]:
         """Constraint and raw, as the state has it, of parameters whose raw is known to lead to them."""
-        if self.any_written_by_others() or list(map(Tensor.data_ptr, map(local, self.params))) != self.pointers:
+        if self.any_written_by_others() or not self._lie_as_before(list(map(local, self.params))):
             return {}
         known = zip(self.params, self.slots, self.raws, strict=True)
         return {p: (slot.constraint, raw) for p, slot, raw in known if raw is not None}
@@ -233,13 +234,15 @@ def _same_values(dicts: list[dict[Any, Any]], objects: list[Any]) -> bool:
     return _same_objects(list(chain.from_iterable(map(dict.values, dicts))), objects)
 
 
-def _same_layouts(tensors: list[Tensor], dtypes: list[torch.dtype], strides: list[tuple[int, ...]]) -> bool:
-    return list(map(_dtype, tensors)) == dtypes and list(map(Tensor.stride, tensors)) == strides
+def _layout(t: Tensor) -> Layout:
+    return t.dtype, t.shape, t.stride()
+
+
+def _same_layouts(tensors: list[Tensor], layouts: list[Layout]) -> bool:
+    return list(map(_layout, tensors)) == layouts
 
 
 _compiled: Any = import_module("constrained_ops._C") if _library.has_cpu_library else None
 same_objects: Callable[[list[Any], list[Any]], bool] = getattr(_compiled, "same_objects", _same_objects)
 same_values: Callable[[list[dict[Any, Any]], list[Any]], bool] = getattr(_compiled, "same_values", _same_values)
-same_layouts: Callable[[list[Tensor], list[torch.dtype], list[tuple[int, ...]]], bool] = getattr(
-    _compiled, "same_layouts", _same_layouts
-)
+same_layouts: Callable[[list[Tensor], list[Layout]], bool] = getattr(_compiled, "same_layouts", _same_layouts)

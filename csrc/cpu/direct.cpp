@@ -113,20 +113,30 @@ PyMethodDef bounds_fit_method = {
     "Whether bounds that are tensors need no conversion before an operator may have them, as far as that is soon\n"
     "found out: they and raw are plain tensors on the CPU. False before open_direct()."};
 
-// Whether tensors have these dtypes and strides, tuples of ints; plain ones are not asked by way of Python.
-bool same_layouts(const py::list& tensors, const py::list& dtypes, const py::list& strides) {
-  if (tensors.size() != dtypes.size() || tensors.size() != strides.size()) return false;
+bool are(std::span<const int64_t> numbers, PyObject* ints) {
+  if (PyTuple_GET_SIZE(ints) != static_cast<Py_ssize_t>(numbers.size())) return false;
+  for (size_t d = 0; d < numbers.size(); ++d)
+    if (PyLong_AsLongLong(PyTuple_GET_ITEM(ints, static_cast<Py_ssize_t>(d))) != numbers[d]) return false;
+  return true;
+}
+
+// Whether tensors have these layouts: (dtype, shape, stride), the latter two tuples of ints. Plain ones are not asked
+// by way of Python.
+bool same_layouts(const py::list& tensors, const py::list& layouts) {
+  if (tensors.size() != layouts.size()) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
-    const py::handle tensor = tensors[i], dtype = dtypes[i];
-    const py::tuple stride = strides[i];
+    const py::handle tensor = tensors[i];
+    const py::tuple layout = layouts[i];
+    const py::handle dtype = layout[0], shape = layout[1], stride = layout[2];
     DirectTensor seen;
-    if (!seen.look_at(tensor.ptr())) {
-      if (!dtype.equal(tensor.attr("dtype")) || !stride.equal(tensor.attr("stride")())) return false;
-      continue;
+    if (seen.look_at(tensor.ptr())) {
+      if (!dtype.is(python->dtypes.at(seen.scalar_type())) || !are(seen.sizes(), shape.ptr()) ||
+          !are(seen.strides(), stride.ptr()))
+        return false;
+    } else if (!dtype.equal(tensor.attr("dtype")) || !shape.equal(tensor.attr("shape")) ||
+               !stride.equal(tensor.attr("stride")())) {
+      return false;
     }
-    if (!dtype.is(python->dtypes.at(seen.scalar_type())) || stride.size() != seen.strides().size()) return false;
-    for (int64_t d = 0; d < seen.dim(); ++d)
-      if (PyLong_AsLongLong(PyTuple_GET_ITEM(stride.ptr(), d)) != seen.stride(d)) return false;
   }
   return true;
 }
@@ -249,7 +259,7 @@ void define_direct(py::module_& m) {
       "Say, once and before the first direct(), how C++ meets tensors of Python. False where that is not known.\n\n"
       "`types` are those of plain tensors; direct calls are made while none of `observers` answers true; `dtypes` are\n"
       "float16, bfloat16, float32 and float64.");
-  m.def("same_layouts", &same_layouts, py::arg("tensors"), py::arg("dtypes"), py::arg("strides"));
+  m.def("same_layouts", &same_layouts, py::arg("tensors"), py::arg("layouts"));
   m.attr("bounds_fit") = py::reinterpret_steal<py::object>(PyCFunction_New(&bounds_fit_method, nullptr));
   m.def(
       "direct",
