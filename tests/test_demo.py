@@ -50,6 +50,28 @@ def test_roads_agree(tmp_path, capsys):
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_picture_shows_every_roads_loss_against_steps_and_time(monkeypatch, tmp_path, capsys):
+    figure_module = pytest.importorskip("matplotlib.figure")
+    figures, save = [], figure_module.Figure.savefig
+    monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, path: (figures.append(self), save(self, path)))
+    assert run(tmp_path / "digits.png") == 0
+    ((steps, times),) = [
+        [axes for axes in figure.axes if axes.get_xlabel() in ("step", "seconds")] for figure in figures
+    ]
+    assert (steps.get_xlabel(), times.get_xlabel()) == ("step", "seconds")
+    roads = [road.name for road in demo.ROADS]
+    assert {"PyTorch", "ReparametrizedAdam", "ProjectedAdam"} <= set(roads)
+    for axes in (steps, times):
+        assert [line.get_label() for line in axes.lines] == roads
+    for against_steps, against_time in zip(steps.lines, times.lines, strict=True):
+        assert list(against_steps.get_xdata()) == list(range(1, 31))
+        assert list(against_steps.get_ydata()) == list(against_time.get_ydata())
+        seconds = against_time.get_xdata() / against_steps.get_xdata()
+        assert seconds.min() > 0 and seconds.max() == pytest.approx(seconds.min(), rel=1e-4)
+    (printed,) = re.findall(r"^PyTorch\s+([\d.]+)", capsys.readouterr().out, re.M)
+    assert steps.lines[0].get_ydata()[-1] == pytest.approx(float(printed), rel=1e-3)
+
+
 def test_learns(tmp_path, capsys):
     def final_loss(steps: str) -> float:
         assert run(tmp_path / "digits.png", "--steps", steps) == 0
