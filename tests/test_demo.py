@@ -55,9 +55,8 @@ def test_the_picture_shows_every_roads_loss_against_steps_and_time(monkeypatch, 
     figures, save = [], figure_module.Figure.savefig
     monkeypatch.setattr(figure_module.Figure, "savefig", lambda self, path: (figures.append(self), save(self, path)))
     assert run(tmp_path / "digits.png") == 0
-    ((steps, times),) = [
-        [axes for axes in figure.axes if axes.get_xlabel() in ("step", "seconds")] for figure in figures
-    ]
+    (figure,) = figures
+    steps, times = (axes for axes in figure.axes if axes.get_xlabel())
     assert (steps.get_xlabel(), times.get_xlabel()) == ("step", "seconds")
     roads = [road.name for road in demo.ROADS]
     assert {"PyTorch", "ReparametrizedAdam", "ProjectedAdam"} <= set(roads)

@@ -30,12 +30,16 @@ class ProjectedAdam(ConstrainedAdam):
         constraint: an object of ``torch.distributions.constraints`` (interval, half_open_interval, unit_interval,
             positive, nonnegative, greater_than, greater_than_eq, less_than, simplex, real, or ``independent`` around
             them), or a ``constrained_ops.Bounded``, ``Positive`` or ``Simplex``; ``None`` for no constraint. An open
-            set means its closure. Bounds count as the nearest numbers of the parameter's dtype.
+            set means its closure. Bounds count as the nearest numbers of the parameter's dtype. Those that are
+            tensors must not be written to: for others give the group another constraint.
         metric: "adam", or "euclidean" for the nearest point in the plain sense. They differ on the simplex only.
         state_dtype: dtype of the moments of float16 and bfloat16 parameters: torch.float32 (default), or their own.
 
     With ``capturable`` a step can be captured in a CUDA graph, after one like it that was not. The graph reads memory
     of the optimizer in every replay: keep the optimizer, its state and the parameters as long as the graph.
+
+    State may be replaced (``optimizer.state[p]["exp_avg"] = ...``), but not the memory behind a tensor of it
+    (``.data``), at which steps do not look.
 
     Raises:
         TypeError: a parameter is not floating-point, an option no number, or what was given is no constraint.
