@@ -30,9 +30,12 @@ struct Sigmoid {
 
   // From 2^lift e, where nobody asks for tanh_half, which would cancel. The derivative of a sigmoid wants no e itself.
   CO_HD static Sigmoid at(T raw, T lifted_e) {
-    constexpr auto lift = Format<T>::lift;
-    const T e = lifted_e * power_of_two<T>(-lift);
-    return of(raw, e, e - T(1), lifted_e / (power_of_two<T>(lift) + lifted_e));
+    return at(raw, lifted_e, lifted_e / (power_of_two<T>(Format<T>::lift) + lifted_e));
+  }
+  // And from an estimate of near, which a step of Newton's squares the error of. Far and slope are as good as it was.
+  CO_HD static Sigmoid at(T raw, T lifted_e, T quotient) {
+    const T e = lifted_e * power_of_two<T>(-Format<T>::lift);
+    return of(raw, e, e - T(1), quotient);
   }
 
   CO_HD static Sigmoid of(T raw, T e, T expm1, T quotient) {
@@ -66,6 +69,11 @@ struct OfSigmoid {
   template <typename T>
   CO_HD static Point<T> at(T raw, T exponential, const Bounds<T>& b) {
     return Map::from(Sigmoid<T>::at(raw, exponential), b);
+  }
+  // x alone, from an estimate of the sigmoid's near.
+  template <typename T>
+  CO_HD static T x_at(T raw, T exponential, T near, const Bounds<T>& b) {
+    return Map::from(Sigmoid<T>::at(raw, exponential, near), b).x;
   }
 };
 

@@ -29,10 +29,14 @@ struct StepChunk {
   bool past_caches;        // on raw: x is at a whole vector, and written past the caches
 };
 
+// Whether x is made of a sigmoid, and that of a table of exponentials and of an estimate in place of a division.
+template <typename Map, typename T>
+constexpr bool estimates_sigmoid = has_exp_table<T> && std::is_base_of_v<OfSigmoid<Map>, Map>;
+
 // Map's exponentials of n numbers, no more than a stride, whose room they are given.
 template <typename Map, typename T>
 CO_HD void exponentials(const T* __restrict raw, int64_t n, T* __restrict e) {
-  if constexpr (has_exp_table<T> && std::is_base_of_v<OfSigmoid<Map>, Map>) {
+  if constexpr (estimates_sigmoid<Map, T>) {
     static_assert(stride % width<T> == 0);
     for (int64_t k = 0; k < n; k += width<T>) store(e + k, lifted_exp_of_magnitude(load_some(raw + k, n - k)));
   } else {
@@ -107,12 +111,12 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
                                 T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                 const T* __restrict lower, const T* __restrict upper, T* __restrict x,
                                 const bool past_caches) {
-  alignas(64) T e[stride], grad_raw[stride], metric[stride], new_e[stride], waiting_x[stride];
-  const auto point = [&](int64_t i, T exponential) CO_INLINE {
+  alignas(64) T e[stride], grad_raw[stride], metric[stride], new_e[stride], near[stride], waiting_x[stride];
+  const auto bounds_at = [&](int64_t i) CO_INLINE {
     if constexpr (by_element)
-      return Map::at(raw[i], exponential, bounds_of_element<Storage>(lower[i], upper[i]));
+      return bounds_of_element<Storage>(lower[i], upper[i]);
     else
-      return Map::at(raw[i], exponential, scalars);
+      return scalars;
   };
   in_strides(
       n,
@@ -123,7 +127,7 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
         if constexpr (amsgrad) fetch_ahead(i, largest_v);
       },
       [&](Span at) CO_INLINE { exponentials<Map>(raw + at.begin, at.count, e); },
-      [&](int64_t i, int64_t k) CO_INLINE { grad_raw[k] = grad[i] * point(i, e[k]).x_raw; },
+      [&](int64_t i, int64_t k) CO_INLINE { grad_raw[k] = grad[i] * Map::at(raw[i], e[k], bounds_at(i)).x_raw; },
       [&](Span at) CO_INLINE {
         with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
           run_stage(
@@ -140,10 +144,20 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
           run_stage([&](int64_t i, int64_t k) CO_INLINE { raw[i] = adam_target(adam, raw[i], m[i] / metric[k]); }, at);
         });
       },
-      [&](Span at) CO_INLINE { exponentials<Map>(raw + at.begin, at.count, new_e); },
+      [&](Span at) CO_INLINE {
+        exponentials<Map>(raw + at.begin, at.count, new_e);
+        if constexpr (estimates_sigmoid<Map, T>)
+          for (int64_t k = 0; k < at.count; k += width<T>) store(near + k, rough_sigmoid(load(new_e + k)));
+      },
       [&](Span at) CO_INLINE {
         T* const new_x = past_caches ? waiting_x : x + at.begin;
-        run_stage([&](int64_t i, int64_t k) CO_INLINE { new_x[k] = point(i, new_e[k]).x; }, at);
+        const auto x_at = [&](int64_t i, int64_t k) CO_INLINE {
+          if constexpr (estimates_sigmoid<Map, T>)
+            return Map::x_at(raw[i], new_e[k], near[k], bounds_at(i));
+          else
+            return Map::at(raw[i], new_e[k], bounds_at(i)).x;
+        };
+        run_stage([&](int64_t i, int64_t k) CO_INLINE { new_x[k] = x_at(i, k); }, at);
         if (past_caches) copy_past_caches(new_x, at.count, x + at.begin);
       });
 }

@@ -162,6 +162,12 @@ CO_HD Vector<float> lifted_exp_of_magnitude(Vector<float> x) {
   const Vector<float> scale = reinterpret_cast<Vector<float>>((n << (F::mantissa_bits - 4)) + of_j);
   return scale + scale * (r + r * r * (0.5f + r * (1 / 6.f)));
 }
+
+// e / (1 + e) from 2^lift e, to 14 bits.
+CO_HD Vector<float> rough_sigmoid(Vector<float> lifted_e) {
+  const Vector<float> sum = lifted_e + power_of_two<float>(Format<float>::lift);
+  return lifted_e * Vector<float>(_mm512_maskz_rcp14_ps(0xffff, __m512(sum)));
+}
 #endif
 
 struct Larger {
