@@ -47,17 +47,13 @@ class Adam:
 
 
 def project_by_sorting(y: Tensor, d: Tensor, total: float = 1.0) -> Tensor:
-    """The minimiser of sum d (x - y)^2 over the simplex, per row: the largest support that stays positive."""
-    rows = []
-    flat = (t.double().cpu().reshape(-1, y.shape[-1]) for t in (y, d))
-    for y_row, d_row in zip(*flat, strict=True):
-        order = sorted(range(len(y_row)), key=lambda i: -float(y_row[i] * d_row[i]))
-        above = below = 0.0
-        for i in order:
-            rise = (above + float(y_row[i]) - total) / (below + 1 / float(d_row[i]))
-            if float(y_row[i] * d_row[i]) <= rise:
-                break
-            above, below = above + float(y_row[i]), below + 1 / float(d_row[i])
-        multiplier = (above - total) / below
-        rows.append((y_row - multiplier / d_row).clamp(min=0.0))
-    return torch.stack(rows).reshape(y.shape).to(y.device)
+    """The minimiser of sum d (x - y)^2 over the simplex, per row.
+
+    No support has a larger multiplier than the right one, which is some of the largest d y.
+    """
+    y, d = y.double(), d.double()
+    order = (y * d).argsort(-1, descending=True)
+    above, below = (t.gather(-1, order).cumsum(-1) for t in (y, 1 / d))
+    inside = y * d > ((above - total) / below).amax(-1, keepdim=True)
+    above, below = (torch.where(inside, t, 0.0).sum(-1, keepdim=True) for t in (y, 1 / d))  # with more digits
+    return (y - (above - total) / below / d).clamp(min=0.0)

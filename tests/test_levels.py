@@ -15,7 +15,7 @@ LEVELS = ["baseline", "x86-64-v3", "x86-64-v4"]
 TESTS = Path(__file__).parent
 FILES = [
     *("test_levels.py", "test_backends.py", "test_bijection.py", "test_optim_memory.py", "test_projection.py"),
-    "test_step.py",
+    *("test_optim_long_rows.py", "test_step.py"),
 ]
 OWN = str(co.build_info()["simd"])
 

@@ -1,8 +1,11 @@
-"""Where the state of large parameters lies, and steps that write the parameter past the caches."""
+"""Where the state of large parameters lies, steps that write the parameter past the caches, and memory of their own."""
 
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -130,3 +133,51 @@ def test_smaller_state_has_memory_of_its_size(kind: type[Any]) -> None:
     optimizer = kind([p], constraint=constraints.unit_interval)
     run(optimizer, 1)
     assert all(t.untyped_storage().nbytes() == t.numel() * 4 for t in optimizer.state[p].values())
+
+
+# Prints how many bytes more than before a step had at its most.
+PEAK = """
+import re, sys
+import torch
+import constrained_ops as co
+from constrained_ops.optim import ProjectedAdam, ReparametrizedAdam
+
+def status(name):
+    return int(re.search(name + r":\\s*(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+N = 2**22
+F32, BF16 = torch.float32, torch.bfloat16
+for kind, shape, dim, dtype, options in [
+    (ProjectedAdam, (1, N), 1, F32, {}),
+    (ProjectedAdam, (1, N), 1, BF16, {"amsgrad": True}),
+    (ProjectedAdam, (1, N), 1, F32, {"metric": "euclidean"}),
+    (ProjectedAdam, (N // 4, 4), 0, F32, {}),
+    (ProjectedAdam, (N // 4, 4), 0, BF16, {"metric": "euclidean"}),
+    (ProjectedAdam, (N // 4, 4), 1, F32, {}),
+    (ReparametrizedAdam, (1, N), 1, F32, {}),
+    (ReparametrizedAdam, (1, N), 1, BF16, {}),
+    (ReparametrizedAdam, (N // 4, 4), 0, F32, {}),
+    (ReparametrizedAdam, (N // 4, 4), 1, BF16, {}),
+]:
+    p = torch.nn.Parameter(torch.full(shape, 1 / shape[dim], dtype=dtype))
+    optimizer = kind([p], lr=1e-8, constraint=co.Simplex(dim), **options)
+    p.grad = torch.randn(shape).to(dtype)
+    for _ in range(2):  # the first one makes the state
+        open("/proc/self/clear_refs", "w").write("5")
+        before = status("VmRSS")
+        optimizer.step()
+    print(status("VmHWM") - before, kind.__name__, shape, dim, dtype, options)
+"""
+
+
+def test_a_step_takes_no_memory_that_grows_with_the_parameter() -> None:
+    """The smallest of these parameters has 8 MiB."""
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not tell how much memory a process has had")
+    # Fresh memory each time (glibc): what was freed before a step would hide what the step takes.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**17), "OMP_NUM_THREADS": "2"}
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    assert len(lines) == 10
+    assert [line for line in lines if int(line.split()[0]) > 2**21] == []

@@ -16,6 +16,8 @@ namespace constrained_ops {
 // passes them several times, or in a second-level one: a few whole outer indices, or a few neighbouring rows.
 struct StepBlocks {
   static constexpr int64_t elements = 1024, of_rows = 512, of_neighbours = 4096;
+  // Of longer rows there are no copies, which would grow with the parameter and not fit a cache of the second level.
+  static constexpr int64_t longest_copied = 1 << 17;
 
   int64_t outers = 1, lanes, per_outer = 1;  // of a block; blocks in an outer index
   int64_t count;
@@ -36,7 +38,7 @@ struct StepBlocks {
       return;
     }
     // A line of cache at least, unless that would be much memory.
-    const int64_t line = 16 * length <= 32 * of_neighbours ? 16 : 1;
+    const int64_t line = 16 * length <= 32 * of_neighbours || length > longest_copied ? 16 : 1;
     lanes = std::min(inner, std::max(line, of_neighbours / length));
     per_outer = (inner + lanes - 1) / lanes;
     count = outer * per_outer;

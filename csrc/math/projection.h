@@ -45,6 +45,13 @@ CO_HD T projection_of_four(const T (&z)[4], S total) {
   return larger(larger(T{} - total, of_two), larger(of_three, of_four));
 }
 
+// lambda of some numbers alone, from the sum of x over them less total and that of u: a lower bound, whichever they
+// are, which stays behind by more than the rounding of such a sum.
+template <typename T, typename S>
+CO_HD T projection_of_support(T excess, T sum_u, S total) {
+  return (excess - 4 * std::numeric_limits<S>::epsilon() * total) / sum_u;
+}
+
 // a + b rounded, and in `rest` what rounding took from it (Knuth).
 template <typename T>
 CO_HD T two_sum(T a, T b, T& rest) {

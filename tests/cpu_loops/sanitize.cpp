@@ -340,8 +340,9 @@ void all() {
   for (const RowLayout& rows : uneven) all_rows<Storage>(rows);
 
   for (int64_t length = 1; length <= 70; ++length) all_steps<Storage, State>({length % 9 + 1, length, 1});
-  const RowLayout for_steps[] = {{600, 17, 1}, {3000, 6, 1}, {33, 300, 1}, {2, 9001, 1},
-                                 {2, 9, 3},    {3, 70, 33},  {1, 300, 40}, {1, 9000, 3}};
+  constexpr int64_t too_long = StepBlocks::longest_copied + 1;
+  const RowLayout for_steps[] = {{600, 17, 1}, {3000, 6, 1}, {33, 300, 1}, {2, 9001, 1},     {2, 9, 3},
+                                 {3, 70, 33},  {1, 300, 40}, {1, 9000, 3}, {2, too_long, 1}, {1, too_long, 17}};
   for (const RowLayout& rows : for_steps) all_steps<Storage, State>(rows);
   for (int64_t n = 1; n <= 35; ++n) elementwise<Storage>(1, n, n % 2, true);
   for (const int64_t n : {511, 512, 513, 1100}) elementwise<Storage>(1, n, n % 2, true);

@@ -1,6 +1,8 @@
 // The step of an optimizer on one parameter.
 #include "of_dtype.h"
 #include "step_elements.h"
+#include "step_long_rows.h"
+#include "step_long_simplex.h"
 #include "step_rows.h"
 #include "step_simplex.h"
 
@@ -9,10 +11,11 @@ namespace {
 
 template <typename Storage, typename State>
 void step(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin, int64_t end) {
+  const bool long_rows = slot.rows.length > StepBlocks::longest_copied;
   if (slot.kind == StepKind::simplex)
-    step_simplex<Storage, State>(slot, grads, numbers, begin, end);
+    (long_rows ? step_long_simplex<Storage, State> : step_simplex<Storage, State>)(slot, grads, numbers, begin, end);
   else if (slot.kind == StepKind::softmax)
-    step_softmax<Storage, State>(slot, grads, numbers, begin, end);
+    (long_rows ? step_long_softmax<Storage, State> : step_softmax<Storage, State>)(slot, grads, numbers, begin, end);
   else
     step_elements<Storage, State>(slot, grads, numbers, begin, end);
 }
