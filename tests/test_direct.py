@@ -160,15 +160,18 @@ def test_layouts_of_many_tensors() -> None:
         *(plain.int(), plain.bool(), torch.view_as_complex(plain.view(12, 2)), torch.nn.Parameter(plain.half().T)),
         *(plain.to("meta").T, plain.detach().as_subclass(Subclass)),
     ]
-    layouts = [(tensor.dtype, tensor.shape, tensor.stride()) for tensor in tensors]
-    for tensor, own in zip(tensors, layouts, strict=True):
-        for layout in layouts:
-            for same_layouts in (_plans.same_layouts, _plans._same_layouts):
+    layouts = [(tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr()) for tensor in tensors]
+    anywhere = [(*layout[:3], None) for layout in layouts]
+    for same_layouts in (_plans.same_layouts, _plans._same_layouts):
+        for tensor, own, own_anywhere in zip(tensors, layouts, anywhere, strict=True):
+            for layout in layouts:
                 assert same_layouts([tensor], [layout]) == (layout == own)
+            for layout in anywhere:
+                assert same_layouts([tensor], [layout]) == (layout == own_anywhere)
+        assert same_layouts(tensors, layouts) and same_layouts(tensors, anywhere) and same_layouts([], [])
+        assert not same_layouts(tensors[1:], layouts)
+        assert not same_layouts(tensors[::-1], layouts)
     assert _plans.same_layouts is not _plans._same_layouts
-    assert _plans.same_layouts(tensors, layouts) and _plans.same_layouts([], [])
-    assert not _plans.same_layouts(tensors[1:], layouts)
-    assert not _plans.same_layouts(tensors[::-1], layouts)
 
 
 @pytest.mark.parametrize(("transform", "kernel"), [(t, k) for t, k in KERNELS if "backward" in k])

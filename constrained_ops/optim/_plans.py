@@ -20,7 +20,7 @@ from .. import _library
 from .._constraints import Record
 from ._sharding import is_sharded, local, local_grad
 
-Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]  # with shape and stride
+Layout = tuple[torch.dtype, tuple[int, ...], tuple[int, ...], int | None]  # with shape, stride, and address or any
 
 
 class Slot(NamedTuple):
@@ -157,9 +157,10 @@ class Prepared:
         self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
         self.raws = [known.get("raw") for known in self.states]
         self.parts = [slot.param for slot in slots]
-        self.pointers = list(map(Tensor.data_ptr, self.parts))
         self.layouts = list(map(_layout, self.parts))
-        self.grad_layouts: list[Layout] = [(slot.param.dtype, slot.param.shape, slot.grad_stride) for slot in slots]
+        self.grad_layouts: list[Layout] = [
+            (slot.param.dtype, slot.param.shape, slot.grad_stride, None) for slot in slots
+        ]
         self.with_raw = [index for index, slot in enumerate(slots) if slot.raw is not None]
         self.transformed = [slots[index].param for index in self.with_raw]
         self.accept()
@@ -184,11 +185,7 @@ class Prepared:
         if self.sharded:
             with torch.no_grad():
                 parts, grads = list(map(local, self.params)), list(map(local_grad, self.params, grads))
-        return grads if self._lie_as_before(parts) and same_layouts(grads, self.grad_layouts) else None
-
-    def _lie_as_before(self, parts: list[Tensor]) -> bool:
-        """Whether parameters still are where kernels have been told, and of the shape."""
-        return list(map(Tensor.data_ptr, parts)) == self.pointers and same_layouts(parts, self.layouts)
+        return grads if same_layouts(parts, self.layouts) and same_layouts(grads, self.grad_layouts) else None
 
     def any_written_by_others(self) -> bool:
         """Whether a parameter that is the transform of a raw was written to since the last step or :meth:`accept`."""
@@ -201,7 +198,7 @@ class Prepared:
 
     def raws_in_force(self) -> dict[Tensor, tuple[Record | None, Tensor]]:
         """Constraint and raw, as the state has it, of parameters whose raw is known to lead to them."""
-        if self.any_written_by_others() or not self._lie_as_before(list(map(local, self.params))):
+        if self.any_written_by_others() or not same_layouts(list(map(local, self.params)), self.layouts):
             return {}
         known = zip(self.params, self.slots, self.raws, strict=True)
         return {p: (slot.constraint, raw) for p, slot, raw in known if raw is not None}
@@ -235,11 +232,14 @@ def _same_values(dicts: list[dict[Any, Any]], objects: list[Any]) -> bool:
 
 
 def _layout(t: Tensor) -> Layout:
-    return t.dtype, t.shape, t.stride()
+    return t.dtype, t.shape, t.stride(), t.data_ptr()
 
 
 def _same_layouts(tensors: list[Tensor], layouts: list[Layout]) -> bool:
-    return list(map(_layout, tensors)) == layouts
+    if len(tensors) != len(layouts):
+        return False
+    places = (3 if layout[3] is None else 4 for layout in layouts)
+    return all(_layout(t)[:n] == layout[:n] for t, layout, n in zip(tensors, layouts, places, strict=True))
 
 
 _compiled: Any = import_module("constrained_ops._C") if _library.has_cpu_library else None

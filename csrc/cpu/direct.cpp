@@ -120,21 +120,24 @@ bool are(std::span<const int64_t> numbers, PyObject* ints) {
   return true;
 }
 
-// Whether tensors have these layouts: (dtype, shape, stride), the latter two tuples of ints. Plain ones are not asked
-// by way of Python.
+// Whether tensors have these layouts: (dtype, shape, stride, address), shape and stride tuples of ints, address an int,
+// or None for any. Plain ones are not asked by way of Python.
 bool same_layouts(const py::list& tensors, const py::list& layouts) {
   if (tensors.size() != layouts.size()) return false;
   for (size_t i = 0; i < tensors.size(); ++i) {
     const py::handle tensor = tensors[i];
     const py::tuple layout = layouts[i];
-    const py::handle dtype = layout[0], shape = layout[1], stride = layout[2];
+    const py::handle dtype = layout[0], shape = layout[1], stride = layout[2], address = layout[3];
     DirectTensor seen;
     if (seen.look_at(tensor.ptr())) {
       if (!dtype.is(python->dtypes.at(seen.scalar_type())) || !are(seen.sizes(), shape.ptr()) ||
           !are(seen.strides(), stride.ptr()))
         return false;
+      if (!address.is_none() && seen.numel() > 0 && PyLong_AsVoidPtr(address.ptr()) != seen.const_data_ptr())
+        return false;
     } else if (!dtype.equal(tensor.attr("dtype")) || !shape.equal(tensor.attr("shape")) ||
-               !stride.equal(tensor.attr("stride")())) {
+               !stride.equal(tensor.attr("stride")()) ||
+               !(address.is_none() || address.equal(tensor.attr("data_ptr")()))) {
       return false;
     }
   }
