@@ -1,4 +1,4 @@
-// How much of what a step passes over the processor still has at hand in the next one.
+// What a step needs to know of the caches.
 #pragma once
 
 #include <cstdint>
@@ -9,12 +9,24 @@
 
 namespace constrained_ops {
 
-// Of the last level, in bytes; where the system does not tell, as many as is common.
+// How much of what a step passes over may still be there in the next one: the last level, in bytes; where the system
+// does not tell, as many as is common.
 inline int64_t cache_bytes() {
 #if defined(_SC_LEVEL3_CACHE_SIZE)
   if (const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE); bytes > 0) return bytes;
 #endif
   return int64_t(32) << 20;
+}
+
+// Where a loop that computes little wants what it asks for ahead of time: on Intel (model 207) every line in the first
+// level took 0.83 of the time of every second one in the second, on AMD (Zen 4) the second 0.64 to 0.96 of the first.
+inline bool fetches_to_first_level() {
+#if defined(__x86_64__)
+  static const bool intel = __builtin_cpu_is("intel");
+  return intel;
+#else
+  return false;
+#endif
 }
 
 }  // namespace constrained_ops

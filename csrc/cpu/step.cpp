@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "cache.h"
 #include "levels.h"
 #include "parallel.h"
 
@@ -60,7 +61,8 @@ void StepPlan::prepare(const std::vector<StepOptions>& groups, double grad_scale
     const float step = *slots_[i].step += 1;
     if (!last.known || step != last.step) {
       last = {true, step, static_cast<uint32_t>(numbers_.size())};
-      numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean, past_caches()});
+      numbers_.push_back({Adam<double>::at(options.adam, step, grad_scale), options.euclidean, past_caches(),
+                          fetches_to_first_level()});
     }
     numbers_of_[i] = last.index;
   }

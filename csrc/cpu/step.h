@@ -49,7 +49,8 @@ struct StepBlocks {
 struct StepNumbers {
   Adam<double> adam;
   bool euclidean;
-  bool past_caches;  // what is written and not read goes to memory without a place in them
+  bool past_caches;     // what is written and not read goes to memory without a place in them
+  bool to_first_level;  // where little is computed, memory is asked for as in cache.h
 };
 
 class StepPlan {

@@ -27,6 +27,7 @@ struct StepChunk {
   T *m, *v, *largest_v;
   const T *lower, *upper;  // by element
   bool past_caches;        // on raw: x is at a whole vector, and written past the caches
+  bool to_first_level;     // as in StepNumbers
 };
 
 // Whether x is made of a sigmoid, and that of a table of exponentials and of an estimate in place of a division.
@@ -73,10 +74,13 @@ CO_HD void with_cheapest(const Adam<T>& adam, const Run& run) {
 template <typename Hook, bool amsgrad, typename T>
 [[gnu::noinline]] void adam_loop(const Adam<T> any_adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                  T* __restrict x, T* __restrict m, T* __restrict v, T* __restrict largest_v,
-                                 const T* __restrict lower, const T* __restrict upper) {
+                                 const T* __restrict lower, const T* __restrict upper, const bool to_first_level) {
   using V = Vector<T>;
-  const auto fetch_lines = [](int64_t i, const auto*... operands) CO_INLINE {  // each second; its neighbour comes along
-    fetch<Cache::second, 128>(i + loop_chunk, stride, operands...);
+  const auto fetch_lines = [to_first_level](int64_t i, const auto*... operands) CO_INLINE {
+    if (to_first_level)
+      fetch_ahead(i, operands...);
+    else
+      fetch<Cache::second, 128>(i + loop_chunk, stride, operands...);  // each second line; its neighbour comes along
   };
   const auto fetch_stride = [&](int64_t i) CO_INLINE {
     fetch_lines(i, grad, x, m, v);
@@ -106,7 +110,7 @@ template <typename Hook, bool amsgrad, typename T>
 // stage before what is made of them, and the root before the division by it: the shorter a chain of operations, the
 // more of them a processor has in view. On its way past the caches x is written a stride at a time, so that memory is
 // never left waiting.
-template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
+template <typename Storage, typename Map, bool by_element, typename T>
 [[gnu::noinline]] void raw_loop(const Adam<T> any_adam, const Bounds<T> scalars, int64_t n, const T* __restrict grad,
                                 T* __restrict raw, T* __restrict m, T* __restrict v, T* __restrict largest_v,
                                 const T* __restrict lower, const T* __restrict upper, T* __restrict x,
@@ -124,20 +128,23 @@ template <typename Storage, typename Map, bool by_element, bool amsgrad, typenam
         fetch_ahead(i, grad, raw, m, v);
         if (!past_caches) fetch_ahead(i, x);
         if constexpr (by_element) fetch_ahead(i, lower, upper);
-        if constexpr (amsgrad) fetch_ahead(i, largest_v);
+        if (largest_v) fetch_ahead(i, largest_v);
       },
       [&](Span at) CO_INLINE { exponentials<Map>(raw + at.begin, at.count, e); },
       [&](int64_t i, int64_t k) CO_INLINE { grad_raw[k] = grad[i] * Map::at(raw[i], e[k], bounds_at(i)).x_raw; },
       [&](Span at) CO_INLINE {
-        with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
-          run_stage(
-              [&](int64_t i, int64_t k) CO_INLINE {
-                Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
-                metric[k] = adam_metric<amsgrad>(adam, adam.scaled(grad_raw[k]), raw[i], moments);
-                set_moments<amsgrad>(i, moments, m, v, largest_v);
-              },
-              at);
-        });
+        const auto step_moments = [&](auto amsgrad) CO_INLINE {
+          with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
+            run_stage(
+                [&](int64_t i, int64_t k) CO_INLINE {
+                  Moments<T> moments = moments_at<amsgrad>(i, m, v, largest_v);
+                  metric[k] = adam_metric<amsgrad>(adam, adam.scaled(grad_raw[k]), raw[i], moments);
+                  set_moments<amsgrad>(i, moments, m, v, largest_v);
+                },
+                at);
+          });
+        };
+        largest_v ? step_moments(std::true_type()) : step_moments(std::false_type());
       },
       [&](Span at) CO_INLINE {
         with_cheapest(any_adam, [&](const auto& adam) CO_INLINE {
@@ -167,13 +174,14 @@ using StepChunkLoop = void (*)(const Adam<T>& adam, const Bounds<T>& scalars, in
 
 template <typename Hook, bool amsgrad, typename T>
 void step_on_param(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
-  adam_loop<Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.m, at.v, at.largest_v, at.lower, at.upper);
+  adam_loop<Hook, amsgrad>(adam, scalars, n, at.grad, at.x, at.m, at.v, at.largest_v, at.lower, at.upper,
+                           at.to_first_level);
 }
 
-template <typename Storage, typename Map, bool by_element, bool amsgrad, typename T>
+template <typename Storage, typename Map, bool by_element, typename T>
 void step_on_raw(const Adam<T>& adam, const Bounds<T>& scalars, int64_t n, const StepChunk<T>& at) {
-  raw_loop<Storage, Map, by_element, amsgrad>(adam, scalars, n, at.grad, at.raw, at.m, at.v, at.largest_v, at.lower,
-                                              at.upper, at.x, at.past_caches);
+  raw_loop<Storage, Map, by_element>(adam, scalars, n, at.grad, at.raw, at.m, at.v, at.largest_v, at.lower, at.upper,
+                                     at.x, at.past_caches);
 }
 
 template <typename Storage, bool amsgrad>
@@ -185,18 +193,17 @@ StepChunkLoop<compute_t<Storage>> pick_kind(StepKind kind, bool finite_bounds) {
     case StepKind::box_by_element:
       return step_on_param<Projected<true>, amsgrad, T>;
     case StepKind::interval:
-      return step_on_raw<T, Interval, false, amsgrad, T>;
+      return step_on_raw<T, Interval, false, T>;
     case StepKind::lower_only:
-      return step_on_raw<T, LowerOnly, false, amsgrad, T>;
+      return step_on_raw<T, LowerOnly, false, T>;
     case StepKind::upper_only:
-      return step_on_raw<T, UpperOnly, false, amsgrad, T>;
+      return step_on_raw<T, UpperOnly, false, T>;
     case StepKind::bounded_by_element:
-      return finite_bounds ? step_on_raw<Storage, Interval, true, amsgrad, T>
-                           : step_on_raw<Storage, ByElement, true, amsgrad, T>;
+      return finite_bounds ? step_on_raw<Storage, Interval, true, T> : step_on_raw<Storage, ByElement, true, T>;
     case StepKind::exponential:
-      return step_on_raw<T, Exponential, false, amsgrad, T>;
+      return step_on_raw<T, Exponential, false, T>;
     case StepKind::exponential_by_element:
-      return step_on_raw<Storage, Exponential, true, amsgrad, T>;
+      return step_on_raw<Storage, Exponential, true, T>;
     default:
       return step_on_param<NoConstraint, amsgrad, T>;
   }
@@ -213,7 +220,8 @@ T* opened(Stored* data, int64_t n, T* buffer, bool read = true) {
   if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>) {
     return const_cast<T*>(data);
   } else {
-    if (read && data) read_numbers(data, 1, n, buffer);
+    if (!data) return nullptr;
+    if (read) read_numbers(data, 1, n, buffer);
     return buffer;
   }
 }
@@ -261,7 +269,8 @@ void step_elements(const StepSlot& slot, const void* grads, const StepNumbers& n
                           opened(largest_v, n, buffer(4)),
                           slot.lower_each ? static_cast<const T*>(slot.lower_each) + start : lower,
                           slot.upper_each ? static_cast<const T*>(slot.upper_each) + start : upper,
-                          past_caches};
+                          past_caches,
+                          numbers.to_first_level};
     if (slot.kind == StepKind::bounded_by_element)
       loop = pick_step<Storage>(slot.kind, amsgrad, all_finite(at.lower, at.upper, n));
     loop(adam, scalars, n, at);

@@ -23,7 +23,7 @@ struct RowsChunk {
 
   // Those of row r from r * most on: where they lie if that is how they lie, which is of one row, else in `copy`.
   template <typename Stored>
-  T* open(Stored* data, T* copy, bool read = true) const {
+  [[gnu::noinline]] T* open(Stored* data, T* copy, bool read = true) const {
     if (!data) return nullptr;
     if constexpr (std::is_same_v<std::remove_const_t<Stored>, T>)
       if (apart == 1) return const_cast<T*>(data) + first;
@@ -34,7 +34,7 @@ struct RowsChunk {
     return copy;
   }
   template <typename Stored>
-  void close(Stored* data, const T* values) const {
+  [[gnu::noinline]] void close(Stored* data, const T* values) const {
     if (!data || values == reinterpret_cast<const T*>(data + first)) return;
     if (rows == 1)
       write_numbers(values, n, data + first, apart);
@@ -148,9 +148,9 @@ void step_long_softmax(const StepSlot& slot, const void* grads, const StepNumber
         for (int64_t i = 0; i < chunk.n; ++i)
           grad_raw[i] =
               softmax_backward(softmax_lifted_weight(raw[at + i], largest) * inverse_sum, g[at + i] - first, mean);
-        adam_on_raw(adam, {}, chunk.n,
-                    {grad_raw, raw + at, nullptr, m + at, v + at, largest_v ? largest_v + at : nullptr, nullptr,
-                     nullptr, false});
+        adam_on_raw(
+            adam, {}, chunk.n,
+            {grad_raw, raw + at, nullptr, m + at, v + at, largest_v ? largest_v + at : nullptr, nullptr, nullptr});
         row.new_largest = std::max(row.new_largest, row_range<T, T>(raw + at, chunk.n).largest);
       }
       chunk.close(memory.raw, raw);

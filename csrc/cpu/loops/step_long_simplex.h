@@ -13,13 +13,15 @@ namespace {
 // One row on its way: Adam, and the projection in its metric or, with u = 1, the Euclidean one. lambda climbs as it
 // does in projection_steps.h, from the support that x has, which mostly is that of the result, or from the bound of the
 // row.
-template <bool euclidean, bool amsgrad, typename T>
+template <typename T>
 class LongProjection {
   using V = Vector<T>;
   using Mask = decltype(V{} == V{});
 
  public:
-  LongProjection(const Adam<T>& adam, T total) : of_(adam), total_(total) { start_sums(); }
+  LongProjection(const Adam<T>& adam, T total, bool euclidean) : of_(adam), total_(total), euclidean_(euclidean) {
+    start_sums();
+  }
 
   // First of all, in Adam's metric: the largest d.
   [[gnu::noinline]] void measure(int64_t n, const StepChunk<T>& at) {
@@ -80,7 +82,7 @@ class LongProjection {
       store_some(at.x + k, value_of_rest(rest_of(lambda, z, u)), rest);
       store_some(at.m + k, moments.m, rest);
       store_some(at.v + k, moments.v, rest);
-      if constexpr (amsgrad) store_some(at.largest_v + k, moments.largest_v, rest);
+      if (at.largest_v) store_some(at.largest_v + k, moments.largest_v, rest);
     });
   }
 
@@ -92,8 +94,9 @@ class LongProjection {
     const auto vector = [&](int i, int64_t k, int64_t rest) CO_INLINE {
       const auto read = [=](const T* from) CO_INLINE { return load_some(from + k, rest); };
       Moments<V> moments{read(at.m), read(at.v), V{}};
-      if constexpr (amsgrad) moments.largest_v = read(at.largest_v);
-      const V x = read(at.x), v = adam_moments<amsgrad>(adam, adam.scaled(read(at.grad)), x, moments);
+      if (at.largest_v) moments.largest_v = read(at.largest_v);
+      const V x = read(at.x), g = adam.scaled(read(at.grad));
+      const V v = at.largest_v ? adam_moments<true>(adam, g, x, moments) : adam_moments<false>(adam, g, x, moments);
       body(i, k, rest, x, moments, v);
     };
     int64_t k = 0;
@@ -111,9 +114,10 @@ class LongProjection {
   CO_HD void for_targets(int64_t n, const StepChunk<T>& at, const Body& body) const {
     const MetricTarget<T> of = of_;
     const V floor = floor_;
+    const bool euclidean = euclidean_;
     for_each(n, at, [&](int i, int64_t k, int64_t rest, V x, const Moments<V>& moments, V v) CO_INLINE {
       V z, u = V{} + 1, d = u;
-      if constexpr (euclidean) {
+      if (euclidean) {
         z = adam_target(of.adam, x, moments.m / adam_metric_of(of.adam, scaled_root<true>(v)));
       } else {
         d = larger_of(of.metric(v), floor);
@@ -149,20 +153,22 @@ class LongProjection {
 
   const MetricTarget<T> of_;
   const T total_;
+  const bool euclidean_;
   V largest_ = {}, floor_ = {}, bound_ = V{} - std::numeric_limits<T>::infinity();
   Sums<T, 2> sums_;
   Ascent<T> lambda_;
   bool on_support_;  // started there
 };
 
-template <bool euclidean, bool amsgrad, typename Storage, typename State>
-void step_long_simplex(const StepSlot& slot, const void* grads, const Adam<compute_t<Storage>>& adam, int64_t begin,
+template <typename Storage, typename State>
+void step_long_simplex(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin,
                        int64_t end) {
   using T = compute_t<Storage>;
-  using Row = LongProjection<euclidean, amsgrad, T>;
+  using Row = LongProjection<T>;
   const LongRows<Storage, State> memory(slot, grads);
+  const Row row_before(numbers.adam.as<T>(), T(slot.total), numbers.euclidean);
   for (int64_t index = begin; index < end; ++index) {
-    std::vector<Row> rows(memory.rows(index), Row(adam, T(slot.total)));
+    std::vector<Row> rows(memory.rows(index), row_before);
     const auto pass = [&](void (Row::*body)(int64_t, const StepChunk<T>&), bool all = true, bool write = false) {
       memory.pass(index, [&](const RowsChunk<T>& chunk) {
         const T* grad = chunk.open(memory.grad, memory.copy(0));
@@ -172,7 +178,7 @@ void step_long_simplex(const StepSlot& slot, const void* grads, const Adam<compu
           const int64_t at = r * chunk.most;
           if (all || rows[r].going())
             (rows[r].*body)(chunk.n, {grad + at, x + at, nullptr, m + at, v + at, largest_v ? largest_v + at : nullptr,
-                                      nullptr, nullptr, false});
+                                      nullptr, nullptr});
         }
         if (!write) return;
         chunk.close(memory.param, x);
@@ -181,7 +187,7 @@ void step_long_simplex(const StepSlot& slot, const void* grads, const Adam<compu
         chunk.close(memory.largest_v, largest_v);
       });
     };
-    if (!euclidean) pass(&Row::measure);
+    if (!numbers.euclidean) pass(&Row::measure);
     pass(&Row::look);
     for (Row& row : rows) row.start();
     for (bool going = true; going;) {
@@ -194,18 +200,6 @@ void step_long_simplex(const StepSlot& slot, const void* grads, const Adam<compu
     }
     pass(&Row::finish, true, true);
   }
-}
-
-template <typename Storage, typename State>
-void step_long_simplex(const StepSlot& slot, const void* grads, const StepNumbers& numbers, int64_t begin,
-                       int64_t end) {
-  const bool amsgrad = slot.max_exp_avg_sq;
-  const auto step =
-      numbers.euclidean
-          ? (amsgrad ? step_long_simplex<true, true, Storage, State> : step_long_simplex<true, false, Storage, State>)
-          : (amsgrad ? step_long_simplex<false, true, Storage, State>
-                     : step_long_simplex<false, false, Storage, State>);
-  step(slot, grads, numbers.adam.as<compute_t<Storage>>(), begin, end);
 }
 
 }  // namespace
