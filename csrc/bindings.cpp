@@ -60,23 +60,49 @@ void run(StepPlan& plan, const py::list& grads, const py::list& hyper, double gr
   plan.run(pointers, groups, grad_scale);
 }
 
-// Whether two lists hold the very same objects, and whether the values of dicts, one after the other, are those of a
-// list. With hundreds of parameters a Python loop over all of them costs more than the step.
-bool same_objects(const py::list& some, const py::list& others) {
-  if (some.size() != others.size()) return false;
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(some.ptr()); ++i)
-    if (PyList_GET_ITEM(some.ptr(), i) != PyList_GET_ITEM(others.ptr(), i)) return false;
+// With hundreds of parameters a Python loop over all of them costs more than the step; and where a step's memory has
+// passed through the caches, each line of Python comes from beyond them.
+
+// Whether the values of a dict are the very objects of a list from `next` on, which moves on.
+bool has_values(const py::handle& dict, const py::list& objects, Py_ssize_t& next) {
+  if (!PyDict_Check(dict.ptr())) return false;
+  PyObject *key, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);)
+    if (next == PyList_GET_SIZE(objects.ptr()) || PyList_GET_ITEM(objects.ptr(), next++) != value) return false;
   return true;
 }
+
+// Whether those of dicts, one after the other, are the objects of a list.
 bool same_values(const py::list& dicts, const py::list& objects) {
   Py_ssize_t next = 0;
-  for (const auto& dict : dicts) {
-    if (!PyDict_Check(dict.ptr())) return false;
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(dict.ptr(), &at, &key, &value);)
-      if (next == PyList_GET_SIZE(objects.ptr()) || PyList_GET_ITEM(objects.ptr(), next++) != value) return false;
-  }
+  for (const auto& dict : dicts)
+    if (!has_values(dict, objects, next)) return false;
   return next == PyList_GET_SIZE(objects.ptr());
+}
+
+// The gradients of parameters, or of those with a true in `with_grad`. None where something is not what it was: the
+// parameters of an optimizer's groups, the dicts in its state, the values in some of these, or a gradient's type.
+py::object gradients(const py::list& groups, const py::object& state, const py::list& params, const py::list& types,
+                     const py::object& with_grad, const py::list& all_states, const py::list& states,
+                     const py::list& state_values) {
+  static PyObject* const of_group = PyUnicode_InternFromString("params");
+  static PyObject* const grad_name = PyUnicode_InternFromString("grad");
+  Py_ssize_t next = 0, next_state = 0;
+  for (const auto& group : groups)
+    for (const auto& param : group[of_group])
+      if (next == PyList_GET_SIZE(params.ptr()) || PyList_GET_ITEM(params.ptr(), next++) != param.ptr())
+        return py::none();
+  if (next != PyList_GET_SIZE(params.ptr()) || !has_values(state, all_states, next_state) ||
+      next_state != PyList_GET_SIZE(all_states.ptr()) || !same_values(states, state_values))
+    return py::none();
+  py::list grads;
+  for (size_t i = 0; i < params.size(); ++i) {
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(py::object(params[i]).ptr(), grad_name));
+    if (!grad) throw py::error_already_set();
+    if (!py::type::handle_of(grad).is(types[i])) return py::none();
+    if (with_grad.is_none() || with_grad[py::int_(i)].ptr() == Py_True) grads.append(grad);
+  }
+  return grads;
 }
 
 void add(StepPlan& plan, StepKind kind, int32_t group, int64_t numel, std::tuple<int64_t, int64_t, int64_t> rows,
@@ -116,8 +142,9 @@ PYBIND11_MODULE(_C, m) {
       [](uintptr_t address, uintptr_t bytes) { ask_for_huge_pages(reinterpret_cast<void*>(address), bytes); },
       py::arg("address"), py::arg("bytes"), "For fresh memory, before it is first written.");
   m.def("cache_bytes", &cache_bytes, "What the last level of the processor's caches holds.");
-  m.def("same_objects", &same_objects, py::arg("some"), py::arg("others"));
   m.def("same_values", &same_values, py::arg("dicts"), py::arg("objects"));
+  m.def("gradients", &gradients, py::arg("groups"), py::arg("state"), py::arg("params"), py::arg("types"),
+        py::arg("with_grad"), py::arg("all_states"), py::arg("states"), py::arg("state_values"));
 
   py::enum_<StepKind>(m, "StepKind", "What stands around Adam in a step; see csrc/step.h.")
       .value("plain", StepKind::plain)

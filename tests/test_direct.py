@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import math
+import operator
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -172,6 +174,49 @@ def test_layouts_of_many_tensors() -> None:
         assert not same_layouts(tensors[1:], layouts)
         assert not same_layouts(tensors[::-1], layouts)
     assert _plans.same_layouts is not _plans._same_layouts
+
+
+def test_gradients_of_what_is_as_it_was() -> None:
+    """In C++ as in Python."""
+    params = [torch.nn.Parameter(torch.randn(n)) for n in (1, 2, 3)]
+    first, second, third = params
+    for p in (first, third):
+        p.grad = torch.randn_like(p)
+    grads, plain, none = [first.grad, third.grad], torch.Tensor, type(None)
+    groups: list[dict[str, Any]] = [{"params": [first]}, {"params": [second, third], "lr": 0.1}]
+    states: list[dict[str, Any]] = [{"step": torch.zeros(())}, {"step": torch.zeros(()), "exp_avg": torch.zeros(3)}]
+    state: dict[Any, Any] = defaultdict(dict, {first: states[0], third: states[1]})
+    values = [value for known in states for value in known.values()]
+    expected = (params, [plain, none, plain], [True, False, True], list(states), states, values)
+
+    def same(some: list[Any] | None, others: list[Any]) -> bool:
+        return some is not None and len(some) == len(others) and all(map(operator.is_, some, others))
+
+    for gradients in (_plans.gradients, _plans._gradients):
+        assert same(gradients(groups, state, *expected), grads)
+        assert same(gradients(groups, state, *expected[:2], None, *expected[3:]), [grads[0], None, grads[1]])
+        assert same(gradients([], {}, [], [], None, [], [], []), [])
+        more: dict[str, Any] = {"params": [torch.nn.Parameter(first.detach())]}
+        for others in (groups[:1], groups[::-1], [*groups, more], [more, *groups[1:]], []):
+            assert gradients(others, state, *expected) is None
+        for other in ({}, {first: states[0]}, {**state, second: {}}, {third: states[1], first: states[0]}):
+            assert gradients(groups, other, *expected) is None
+        state[first] = dict(states[0])
+        assert gradients(groups, state, *expected) is None
+        state[first] = states[0]
+        moment = states[1].pop("exp_avg")
+        assert gradients(groups, state, *expected) is None
+        states[1]["exp_avg"] = moment.clone()
+        assert gradients(groups, state, *expected) is None
+        states[1].update(exp_avg=moment, raw=moment)
+        assert gradients(groups, state, *expected) is None
+        del states[1]["raw"]
+        assert same(gradients(groups, state, *expected), grads)
+        for p, grad in ((second, torch.randn(2)), (first, None), (first, torch.randn(1).as_subclass(Subclass))):
+            was, p.grad = p.grad, grad
+            assert gradients(groups, state, *expected) is None
+            p.grad = was
+    assert _plans.gradients is not _plans._gradients
 
 
 @pytest.mark.parametrize(("transform", "kernel"), [(t, k) for t, k in KERNELS if "backward" in k])

@@ -104,6 +104,20 @@ def test_values_that_change_within_an_option_are_looked_at(kind: type[Any]) -> N
     run(optimizer, 1)
 
 
+def test_an_option_that_came_with_an_error_is_not_forgotten(kind: type[Any]) -> None:
+    optimizer = kind(parameters(), lr=0.1, constraint=UNIT)
+    run(optimizer, 2)
+    (group,) = optimizer.param_groups
+    p = group["params"][0]
+    group["amsgrad"] = True
+    p.grad = p.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="must be dense"):
+        optimizer.step()
+    assert "max_exp_avg_sq" not in optimizer.state[p]
+    run(optimizer, 1)
+    assert "max_exp_avg_sq" in optimizer.state[p]
+
+
 def test_a_learning_rate_that_stays_on_the_device_is_not_waited_for(kind: type[Any]) -> None:
     """A meta tensor has no value that could be read."""
     group = {**kind(parameters()).param_groups[0], "capturable": True, "lr": torch.tensor(0.1, device="meta")}

@@ -196,3 +196,17 @@ def test_a_torch_without_these_names_gets_its_wrapper(kind: type[Any], monkeypat
     plain.step()
     assert names == ["before", "after"]
     assert optimizer.state[p]["step"] == plain.state[p]["step"] == 1
+
+
+def test_captures_are_looked_for_where_there_is_an_accelerator(
+    kind: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[Any] = []
+    monkeypatch.setattr(_base, "_health_check", looked.append)
+    for available, times in ((True, 3), (False, 1)):  # the first step does not know yet
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: available)  # noqa: B023
+        optimizer = kind([with_grad()])
+        looked.clear()
+        for _ in range(3):
+            optimizer.step()
+        assert looked == [optimizer] * times

@@ -96,7 +96,9 @@ class ConstrainedAdam(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # tells torch.optim.Optimizer that step looks after its hooks
 
     def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        _health_check(self)
+        prepared = self._prepared
+        if prepared is None or prepared.has_accelerator:
+            _health_check(self)
         loss = None
         if closure is not None:
             with torch.enable_grad():

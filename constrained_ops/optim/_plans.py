@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .. import _library
 from .._constraints import Record
@@ -146,16 +145,22 @@ class Prepared:
         for launch in self.launches:
             launch.plan.in_graphs = optimizer._in_graphs
         self.backend = _library._backend
+        self.has_accelerator = torch.accelerator.is_available()
         self.structure = list(map(_structure, groups))
-        self.all_params = list(chain.from_iterable(map(_params, groups)))
+        self.options: Any = None  # the optimizer's list of options with which the structure was last compared
         self.params = params  # those that have a slot
-        self.grad_types = list(map(type, map(_grad, self.all_params)))
-        self.with_grad = None if len(params) == len(self.all_params) else [p.grad is not None for p in self.all_params]
         self.sharded = any(map(is_sharded, params))
-        self.all_states = list(state.values())
-        self.states = [state[p] for p in params]
-        self.state_tensors = list(chain.from_iterable(map(dict.values, self.states)))
-        self.raws = [known.get("raw") for known in self.states]
+        all_params = list(chain.from_iterable(map(_params, groups)))
+        states = [state[p] for p in params]
+        self.expected = (
+            all_params,
+            list(map(type, map(_grad, all_params))),
+            None if len(params) == len(all_params) else [p.grad is not None for p in all_params],
+            list(state.values()),
+            states,
+            list(chain.from_iterable(map(dict.values, states))),
+        )
+        self.raws = [known.get("raw") for known in states]
         self.parts = [slot.param for slot in slots]
         self.layouts = list(map(_layout, self.parts))
         self.grad_layouts: list[Layout] = [
@@ -165,22 +170,19 @@ class Prepared:
         self.transformed = [slots[index].param for index in self.with_raw]
         self.accept()
 
-    def gradients(self, optimizer: Optimizer) -> list[Tensor] | None:
-        """The gradients of this step, one per slot; ``None`` if something is no longer what it was."""
+    def gradients(self, optimizer: Any) -> list[Tensor] | None:
+        """The gradients of this step, one per slot; ``None`` if something is no longer what it was.
+
+        The optimizer has compared the groups' options with its list of them in this step.
+        """
         groups = optimizer.param_groups
-        if (
-            _library._backend is not self.backend
-            or list(map(_structure, groups)) != self.structure
-            or not same_objects(list(chain.from_iterable(map(_params, groups))), self.all_params)
-            or not same_objects(list(optimizer.state.values()), self.all_states)
-            or not same_values(self.states, self.state_tensors)
-        ):
+        if self.options is not optimizer._looked_at:
+            if list(map(_structure, groups)) != self.structure:
+                return None
+            self.options = optimizer._looked_at
+        grads = gradients(groups, optimizer.state, *self.expected)
+        if grads is None or _library._backend is not self.backend:
             return None
-        grads = list(map(_grad, self.all_params))
-        if list(map(type, grads)) != self.grad_types:
-            return None
-        if self.with_grad is not None:
-            grads = list(compress(grads, self.with_grad))
         parts = self.parts
         if self.sharded:
             with torch.no_grad():
@@ -231,6 +233,29 @@ def _same_values(dicts: list[dict[Any, Any]], objects: list[Any]) -> bool:
     return _same_objects(list(chain.from_iterable(map(dict.values, dicts))), objects)
 
 
+def _gradients(
+    groups: list[dict[str, Any]],
+    state: dict[Tensor, Any],
+    params: list[Tensor],
+    types: list[type],
+    with_grad: list[bool] | None,
+    all_states: list[Any],
+    states: list[dict[str, Any]],
+    state_values: list[Any],
+) -> list[Tensor] | None:
+    """The gradients of ``params``, of those ``with_grad``; ``None`` if one of the others is not what it was."""
+    if not (
+        _same_objects(list(chain.from_iterable(map(_params, groups))), params)
+        and _same_values([state], all_states)
+        and _same_values(states, state_values)
+    ):
+        return None
+    grads = list(map(_grad, params))
+    if list(map(type, grads)) != types:
+        return None
+    return grads if with_grad is None else list(compress(grads, with_grad))
+
+
 def _layout(t: Tensor) -> Layout:
     return t.dtype, t.shape, t.stride(), t.data_ptr()
 
@@ -243,6 +268,6 @@ def _same_layouts(tensors: list[Tensor], layouts: list[Layout]) -> bool:
 
 
 _compiled: Any = import_module("constrained_ops._C") if _library.has_cpu_library else None
-same_objects: Callable[[list[Any], list[Any]], bool] = getattr(_compiled, "same_objects", _same_objects)
 same_values: Callable[[list[dict[Any, Any]], list[Any]], bool] = getattr(_compiled, "same_values", _same_values)
+gradients: Callable[..., list[Tensor] | None] = getattr(_compiled, "gradients", _gradients)
 same_layouts: Callable[[list[Tensor], list[Layout]], bool] = getattr(_compiled, "same_layouts", _same_layouts)
