@@ -97,7 +97,8 @@ py::object gradients(const py::list& groups, const py::object& state, const py::
     return py::none();
   py::list grads;
   for (size_t i = 0; i < params.size(); ++i) {
-    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(py::object(params[i]).ptr(), grad_name));
+    const py::handle param = PyList_GET_ITEM(params.ptr(), static_cast<Py_ssize_t>(i));
+    const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(param.ptr(), grad_name));
     if (!grad) throw py::error_already_set();
     if (!py::type::handle_of(grad).is(types[i])) return py::none();
     if (with_grad.is_none() || with_grad[py::int_(i)].ptr() == Py_True) grads.append(grad);

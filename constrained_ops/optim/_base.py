@@ -96,8 +96,7 @@ class ConstrainedAdam(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]  # tells torch.optim.Optimizer that step looks after its hooks
 
     def _unwatched_step(self, closure: Callable[[], Any] | None = None) -> Any:
-        prepared = self._prepared
-        if prepared is None or prepared.has_accelerator:
+        if self._prepared is None or self._prepared.has_accelerator:
             _health_check(self)
         loss = None
         if closure is not None:

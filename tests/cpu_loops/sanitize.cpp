@@ -268,8 +268,8 @@ void step(StepKind kind, RowLayout rows, int shift, bool euclidean, bool amsgrad
   const bool each = step_by_element(kind), on_raw = step_on_raw(kind), along_rows = step_along_rows(kind);
   const StepBlocks blocks(rows);
   // Past the caches goes what is at a line: of the two copies one.
-  const StepNumbers numbers{Adam<double>::at({0.05, 0.9, 0.99, 1e-3, 0.01, false, false, amsgrad}, 4, 1), euclidean,
-                            true, true};
+  StepNumbers numbers{Adam<double>::at({0.05, 0.9, 0.99, 1e-3, 0.01, false, false, amsgrad}, 4, 1), euclidean, true,
+                      false};
   StepSlot slots[2];
   for (Copy* copy : {&whole, &in_shares}) {
     for (int64_t i = 0; i < n; ++i) {
@@ -297,9 +297,8 @@ void step(StepKind kind, RowLayout rows, int shift, bool euclidean, bool amsgrad
   }
   const auto loop = [&, of = CO_LEVEL::step_loop(dtype<Storage>, dtype<State>)](const StepSlot& slot, int64_t begin,
                                                                                 int64_t end) {
-    StepNumbers own = numbers;
-    own.to_first_level = slot.param == whole.param.data();
-    of(slot, grad.data(), own, begin, end);
+    numbers.to_first_level = slot.param == whole.param.data();
+    of(slot, grad.data(), numbers, begin, end);
   };
   run(loop, slots[0], slots[1], along_rows ? blocks.count : n);
   expect_written("step", rows, whole.param, in_shares.param);
