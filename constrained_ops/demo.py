@@ -260,7 +260,7 @@ def draw(trainings: Sequence[Training], labels: Tensor, path: Path) -> None:
                 axis.set_major_formatter(StrMethodFormatter("{x:g}"))
             if row == 0:
                 curves.set_title("Mean squared error")
-                curves.legend(frameon=False, loc="upper right", fontsize=13)
+                curves.legend(frameon=False, loc="lower left", fontsize=11, borderaxespad=0.2)
 
         panels = [[t.step_time for t in trainings], [t.own_time for t in trainings]]
         for row, (title, seconds) in enumerate(zip(("Time per step", "... without the model"), panels, strict=True)):
